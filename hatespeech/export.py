@@ -1,0 +1,231 @@
+"""A run's folder: adapter, merged GGUF, Modelfile, model card. `results/<run>/` is all that training hands to serving.
+
+python -m hatespeech.export results/<run>/ --base BASE.gguf    # adapter.gguf + its base -> model.gguf
+"""
+
+import argparse
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from hatespeech import UserError, task
+
+MODELFILE = f'''# What a run's folder serves: `ollama create NAME -f results/<run>/Modelfile`. Every run gets this file.
+FROM ./model.gguf
+TEMPLATE """{task.TEMPLATE}"""
+PARAMETER num_ctx {task.CONTEXT_TOKENS}
+PARAMETER num_predict 1
+PARAMETER temperature 0
+PARAMETER repeat_penalty 1
+'''
+
+# Architectures whose GGUF stores the q and k rows of each head with the two rotary halves interleaved.
+_ROTARY_INTERLEAVED = {"llama": "llama", "mistral": "llama"}
+
+
+@contextmanager
+def run_folder(folder: Path) -> Iterator[Path]:
+    """Work in `<folder>.incomplete`, which becomes `<folder>` when all is written and stays visible when not.
+
+    Raises UserError where the folder exists, or where another run is writing it.
+    """
+    if folder.exists():
+        raise UserError(f"{folder} holds a finished run: choose another --output, or remove it")
+    work = folder.with_name(folder.name + ".incomplete")
+    work.mkdir(parents=True, exist_ok=True)
+    with open(work / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"another run is writing {work}: wait for it, or choose another --output") from error
+        leftovers = [path for path in work.iterdir() if path.name != ".lock"]
+        if leftovers:
+            print(f"{work} is left from a run that did not finish: starting it again from nothing")
+            for path in leftovers:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        yield work
+        (work / ".lock").unlink()
+        work.rename(folder)
+
+
+def write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def sha256_of(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_weights(classifier, base: str, folder: Path) -> None:
+    """The trained LoRA as `adapter/` (PEFT), `adapter.gguf`, merged weights and the Modelfile that serves them.
+
+    A .gguf base gives `model.gguf` (F16). Others give `merged/`, 16-bit safetensors, which Ollama converts itself.
+    The classifier is spent: merging changes its weights.
+    """
+    model = classifier.model
+    model.save_pretrained(folder / "adapter")
+    (folder / "Modelfile").write_text(MODELFILE)
+    if base.endswith(".gguf"):
+        write_adapter(model, folder / "adapter.gguf")
+        merge(Path(base), folder / "adapter.gguf", folder / "model.gguf")
+    elif hasattr(model, "save_pretrained_merged"):  # unsloth
+        model.save_pretrained_merged(str(folder / "merged"), classifier.tokenizer, save_method="merged_16bit")
+    else:
+        import torch
+
+        model.merge_and_unload().to(torch.bfloat16).save_pretrained(folder / "merged")
+        classifier.tokenizer.save_pretrained(folder / "merged")
+
+
+def model_card(name: str, run: dict, table: str) -> str:
+    """README.md of a run's folder. run: its settings.json. table: the test metrics, in Markdown."""
+    settings, training = run["settings"], run["training"]
+    return f"""# {name}
+
+A LoRA of `{run["base"]["name"]}` that tells {" / ".join(task.LABELS)} apart by one token, made by
+
+    {run["command"]}
+
+on {run["hardware"]} in {training["seconds"]:.0f} s ({training["rows_per_s"]:.0f} rows/s).
+
+**Trained on** {run["data"]["comments"]["train"]:,} comments of `{settings["dataset"]}`, {settings["targets"]} targets.
+{settings["note"]}
+
+**Tested on** {run["data"]["comments"]["test"]:,} comments of `{settings["test_dataset"] or settings["dataset"]}` that share
+no text with them. Each figure with its 95 % bootstrap interval over comments:
+
+{table}
+
+`torch` is the model as trained, `as_served` the exported GGUF through Ollama. pearson_r is that of the expected score
+with the true one. metrics.json has all of it, settings.json the versions, the commit and the data's sha256.
+
+**Serve it** with `MODEL_DIR=results/{name} ./bootstrap.sh`.
+
+**Limits.** It was taught one data set's idea of hate speech, by English-language comments of 2019 or before, and errs as
+often as the table says, more on dialect, quotation, irony and reclaimed words. Let it rank and pre-sort for people; don't
+let it punish anyone alone.
+
+Data: Measuring Hate Speech, UC Berkeley D-Lab (Kennedy et al. 2020; Sachdeva et al. 2022), CC-BY-4.0.
+"""
+
+
+def write_adapter(model, path: Path) -> None:
+    """A PEFT LoRA as the GGUF that llama.cpp and Ollama's ADAPTER read, in fp16.
+
+    Written here because Ollama's own converter of PEFT's safetensors leaves q and k in the wrong rotary order.
+    model: a PeftModel. Raises UserError for an architecture whose order is not known here.
+    """
+    import gguf
+    from peft import get_peft_model_state_dict
+
+    model_type = model.config.model_type
+    if model_type not in _ROTARY_INTERLEAVED:
+        raise UserError(
+            f"adapters of {model_type} models can't be written as GGUF (only {', '.join(_ROTARY_INTERLEAVED)})"
+        )
+    config, lora = model.config, model.peft_config["default"]
+    arch = _ROTARY_INTERLEAVED[model_type]
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", float(lora.lora_alpha))
+    for key, tensor in sorted(get_peft_model_state_dict(model).items()):
+        module, which = key.removeprefix("base_model.model.").removesuffix(".weight").rsplit(".lora_", 1)
+        values = tensor.detach().float().cpu().numpy()
+        if which == "B" and (n := heads.get(module.rsplit(".", 1)[1])):
+            values = values.reshape(n, 2, -1, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
+        name = names.get_name(module)
+        if name is None:
+            raise UserError(f"no GGUF name is known for the adapted layer {module}")
+        writer.add_tensor(f"{name}.weight.lora_{which.lower()}", np.ascontiguousarray(values, dtype=np.float16))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def merge(base: Path, adapter: Path, merged: Path) -> None:
+    """base.gguf + adapter.gguf -> one F16 GGUF, faster to serve than the two apart: W + alpha / r * B A.
+
+    numpy alone, a few seconds for SmolLM2-135M. The file appears whole or not at all.
+    """
+    import gguf
+    from tqdm.auto import tqdm
+
+    base_file, adapter_file = _read(base), _read(adapter)
+    lora = {tensor.name: gguf.dequantize(tensor.data, tensor.tensor_type) for tensor in adapter_file.tensors}
+    alpha = adapter_file.get_field("adapter.lora.alpha").contents()
+    unknown = {name.rsplit(".lora_", 1)[0] for name in lora} - {tensor.name for tensor in base_file.tensors}
+    if unknown:
+        raise UserError(f"{adapter} does not belong to {base}: the base has no {', '.join(sorted(unknown)[:3])}")
+
+    part = merged.with_name(merged.name + ".part")
+    writer = gguf.GGUFWriter(part, base_file.get_field("general.architecture").contents())
+    for name, entry in base_file.fields.items():
+        if name.startswith("GGUF.") or name in ("general.architecture", "general.file_type"):
+            continue
+        kind, *inner = entry.types
+        writer.add_key_value(name, entry.contents(), kind, inner[-1] if inner else None)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
+    for tensor in tqdm(base_file.tensors, desc="merging", unit="tensor", mininterval=1.0):
+        weight = gguf.dequantize(tensor.data, tensor.tensor_type)
+        if f"{tensor.name}.lora_a" in lora:
+            a, b = lora[f"{tensor.name}.lora_a"], lora[f"{tensor.name}.lora_b"]
+            weight = weight + (alpha / len(a)) * (b @ a)
+        writer.add_tensor(tensor.name, weight.astype(np.float32 if weight.ndim == 1 else np.float16))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    os.replace(part, merged)
+
+
+def _read(path: Path):
+    import gguf
+
+    try:
+        return gguf.GGUFReader(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: no readable GGUF file ({error})") from error
+
+
+def complete(run: Path, base: Path | None) -> None:
+    """Make `model.gguf` in a run's folder that was shipped as its adapter alone, from the base its settings name."""
+    merged = run / "model.gguf"
+    if merged.exists() or (run / "merged").exists():
+        return
+    try:
+        expected = json.loads((run / "settings.json").read_text())["base"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{run} is no finished run: no settings.json that names its base ({error!r})") from error
+    if base is None:
+        raise UserError(f"{run} holds no model.gguf: give the base it was trained on, {expected['name']}, with --base")
+    if (found := sha256_of(base)) != expected["sha256"]:
+        raise UserError(f"{base} is not the base of {run}: its sha256 is {found}, not {expected['sha256']}")
+    merge(base, run / "adapter.gguf", merged)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m hatespeech.export", description=complete.__doc__)
+    parser.add_argument("run", type=Path, help="a run's folder, e.g. results/smollm2-135m")
+    parser.add_argument("--base", type=Path, help="the .gguf file of the base the run was trained on")
+    arguments = parser.parse_args()
+    try:
+        complete(arguments.run, arguments.base)
+    except UserError as error:
+        sys.exit(f"export: {error}")
+
+
+if __name__ == "__main__":
+    main()

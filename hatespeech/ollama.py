@@ -1,0 +1,219 @@
+"""The client: classify a text with one call of Ollama. The only module that knows Ollama's API.
+
+https://docs.ollama.com/api/generate; log-probabilities need Ollama 0.12.11 or later.
+"""
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import tempfile
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import requests
+
+from hatespeech import UserError, task
+
+MIN_VERSION = (0, 12, 11)
+_DIGEST_AGE_S = 5.0
+
+
+class OllamaError(Exception):
+    """Ollama gave no usable answer. `status` is the HTTP status the caller's own client should get."""
+
+    status = 503
+
+
+class TextTooLong(OllamaError):
+    status = 413
+
+
+class BadAnswer(OllamaError):
+    status = 502
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """probabilities: in task.LABELS' order, summing to 1. prompt_tokens: what Ollama evaluated, BOS included."""
+
+    probabilities: tuple[float, float, float]
+    prompt_tokens: int
+
+    @property
+    def label(self) -> str:
+        return task.decide(self.probabilities)
+
+
+def base_url(host: str) -> str:
+    """OLLAMA_HOST as Ollama itself understands it (`host`, `host:port`, `:port`, a URL) -> a URL."""
+    scheme, _, rest = host.rpartition("://")
+    name, _, port = rest.rstrip("/").partition(":")
+    name = "127.0.0.1" if name in ("", "0.0.0.0") else name
+    default_port = {"http": "80", "https": "443"}.get(scheme, "11434")
+    return f"{scheme or 'http'}://{name}:{port or default_port}"
+
+
+def model_name(run: Path) -> str:
+    """The name under which bootstrap.sh gives a run to Ollama: results/smollm2-135m -> hatespeech-smollm2-135m."""
+    return "hatespeech-" + re.sub(r"[^a-z0-9._-]+", "-", run.resolve().name.lower())
+
+
+def label_tokens(run: Path) -> tuple[str, ...]:
+    """The first token of each label in this run's tokenizer. Raises UserError where the folder is no finished run."""
+    try:
+        return tuple(json.loads((run / "settings.json").read_text())["label_tokens"])
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{run} is no finished run: settings.json gives no label_tokens ({error!r})") from error
+
+
+def convert_merged(run: Path) -> None:
+    """Let Ollama's own converter make `model.gguf` (F16) of a run's `merged/` safetensors, which are then removed.
+
+    Uses a server of its own, on a free port with a store of its own, gone afterwards. Where there is no `ollama` command,
+    `merged/` stays and the Modelfile names it: Ollama converts it when the model is created.
+    """
+    merged, modelfile = run / "merged", run / "Modelfile"
+    if not merged.exists():
+        return
+    modelfile.write_text(modelfile.read_text().replace("FROM ./model.gguf", "FROM ./merged"))
+    command = shutil.which("ollama")
+    if command is None:
+        print(
+            f"no `ollama` command here: {merged} stays as 16-bit safetensors, and Ollama converts it when it is served"
+        )
+        return
+    print("converting the merged weights to GGUF with Ollama's own converter")
+    with socket.socket() as free, tempfile.TemporaryDirectory(dir=run) as store:
+        free.bind(("127.0.0.1", 0))
+        environment = os.environ | {"OLLAMA_HOST": f"127.0.0.1:{free.getsockname()[1]}", "OLLAMA_MODELS": store}
+        free.close()
+        quiet = {"env": environment, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        server = subprocess.Popen([command, "serve"], **quiet)
+        try:
+            retry = requests.adapters.Retry(connect=50, backoff_factor=0.1, backoff_max=0.2)
+            session = requests.Session()
+            session.mount("http://", requests.adapters.HTTPAdapter(max_retries=retry))
+            session.get(base_url(environment["OLLAMA_HOST"]) + "/api/version", timeout=5)
+            subprocess.run([command, "create", "converted", "-f", str(modelfile)], check=True, **quiet)
+            manifest = json.loads(next(Path(store).glob("manifests/**/converted/latest")).read_text())
+            layer = next(layer for layer in manifest["layers"] if layer["mediaType"].endswith("image.model"))
+            blob = Path(store, "blobs", layer["digest"].replace(":", "-"))
+            blob.rename(run / "model.gguf")
+        except (requests.RequestException, subprocess.CalledProcessError) as error:
+            raise UserError(f"Ollama could not convert {merged} to GGUF ({error})") from error
+        finally:
+            server.terminate()
+            server.wait()
+    shutil.rmtree(merged)
+    modelfile.write_text(modelfile.read_text().replace("FROM ./merged", "FROM ./model.gguf"))
+
+
+class Ollama:
+    """One model of one Ollama server.
+
+    timeout_s: for the answer to one call; connecting is given at most 2 s of it. Safe to share between threads.
+    """
+
+    def __init__(self, host: str, model: str, tokens: tuple[str, ...], timeout_s: float = 10.0):
+        self.url, self.model, self.tokens, self.timeout_s = base_url(host), model, tokens, timeout_s
+        self._session = requests.Session()
+        self._session.mount("http://", requests.adapters.HTTPAdapter(pool_maxsize=64))
+        self._session.trust_env = False  # a proxy from the environment has no business with these texts
+        self._digest: tuple[float, str] = (float("-inf"), "")
+        self._lock = threading.Lock()
+
+    def classify(self, text: str) -> Prediction:
+        """The label probabilities of a text, from the log-probabilities of the first generated token.
+
+        Raises OllamaError: not reachable, too slow, model not there; TextTooLong; BadAnswer.
+        """
+        answer = self._call(
+            "POST",
+            "/api/generate",
+            {
+                "model": self.model,
+                "prompt": task.spell_out(text),
+                "stream": False,
+                "logprobs": True,
+                "top_logprobs": 20,
+                "truncate": False,
+                "keep_alive": -1,
+                "options": {
+                    "num_ctx": task.CONTEXT_TOKENS,
+                    "num_predict": 1,
+                    "temperature": 0,
+                    "repeat_penalty": 1,
+                    "seed": 0,
+                },
+            },
+        )
+        try:
+            first = answer["logprobs"][0]
+            logprobs = {entry["token"]: float(entry["logprob"]) for entry in reversed(first["top_logprobs"])}
+            probabilities = task.probabilities_from_logprobs(logprobs, self.tokens)
+            return Prediction(probabilities, int(answer["prompt_eval_count"]))
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise BadAnswer(f"Ollama's answer holds no label probabilities ({error!r})") from error
+
+    def digest(self) -> str:
+        """The sha256 of the model that answers, at most 5 s old. Raises OllamaError where the model is not there."""
+        with self._lock:
+            read_at, digest = self._digest
+            if time.monotonic() - read_at < _DIGEST_AGE_S:
+                return digest
+        models = self._call("GET", "/api/tags").get("models", [])
+        for model in models:
+            if model.get("name") in (self.model, f"{self.model}:latest"):
+                with self._lock:
+                    self._digest = (time.monotonic(), model["digest"])
+                return model["digest"]
+        raise OllamaError(f"Ollama at {self.url} has no model {self.model}: run ./bootstrap.sh")
+
+    def version(self) -> str:
+        """The server's version. Raises OllamaError where it is too old to give log-probabilities."""
+        version = str(self._call("GET", "/api/version").get("version", ""))
+        numbers = tuple(int(n) for n in re.findall(r"\d+", version)[:3])
+        # A build from source without a release's linker flags calls itself 0.0.0.
+        if (0, 0, 0) < numbers < MIN_VERSION:
+            raise OllamaError(
+                f"Ollama at {self.url} is {version}; {'.'.join(map(str, MIN_VERSION))} or later is needed"
+            )
+        return version
+
+    def preload(self) -> None:
+        """Load the model into memory, so that the first request need not wait for it."""
+        self._call(
+            "POST",
+            "/api/generate",
+            {"model": self.model, "keep_alive": -1, "options": {"num_ctx": task.CONTEXT_TOKENS}},
+        )
+
+    def _call(self, method: str, path: str, body: dict | None = None) -> dict:
+        try:
+            response = self._session.request(
+                method, self.url + path, json=body, timeout=(min(2.0, self.timeout_s), self.timeout_s)
+            )
+        except requests.Timeout as error:
+            raise OllamaError(f"Ollama at {self.url} did not answer within {self.timeout_s:g} s") from error
+        except requests.RequestException as error:
+            raise OllamaError(f"Ollama at {self.url} can't be reached ({type(error).__name__})") from error
+        try:
+            answer = response.json()
+        except ValueError as error:
+            raise BadAnswer(f"Ollama's answer to {path} is not JSON (status {response.status_code})") from error
+        if not isinstance(answer, dict):
+            raise BadAnswer(f"Ollama's answer to {path} is not a JSON object")
+        if response.ok:
+            return answer
+        reason = str(answer.get("error", ""))
+        if response.status_code == 400 and "exceeds" in reason and "context" in reason:
+            raise TextTooLong(f"the text is too long: with the instruction it may take {task.CONTEXT_TOKENS} tokens")
+        # Ollama's own words are for its own log: they may quote the request.
+        if response.status_code == 404:
+            raise OllamaError(f"Ollama at {self.url} has no model {self.model}: run ./bootstrap.sh")
+        raise OllamaError(f"Ollama at {self.url} answered {path} with status {response.status_code}")

@@ -1,0 +1,211 @@
+"""Fine-tune a small classifier out of a large language model: load -> split -> tune -> evaluate -> export.
+
+python -m train                                                      # MHS, Mistral-7B in 4 bit, a CUDA GPU
+python -m train --model HuggingFaceTB/SmolLM2-135M-Instruct          # a small base; trains on a CPU too
+python -m train --dataset rows.csv --output results/mine             # your own rows: CSV or Parquet
+python -m train --evaluate-only --output results/mine                # measure a run as Ollama serves it
+MODEL_DIR=results/mine ./bootstrap.sh                                # serve it
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+import tyro
+
+from hatespeech import UserError, data, evaluation, export, ollama, task, tuning
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Fine-tune an LLM to tell Hate / Neutral / Supportive apart, say how good it is, and export it for Ollama."""
+
+    model: str = "unsloth/mistral-7b-instruct-v0.3-bnb-4bit"
+    """The base: a hub id, a directory, or a .gguf file."""
+    dataset: str = data.HUB_ID
+    """Annotation rows: a hub id, or a .csv or .parquet file with comment_id, text, hate_speech_score."""
+    test_dataset: str | None = None
+    """Test on these rows instead of a part of --dataset, of which what is like them is then left out."""
+    output: Path | None = None
+    """The run's folder. Default: results/ and the base's name."""
+    evaluate_only: bool = False
+    """Train nothing: measure the finished run in --output through Ollama (OLLAMA_HOST), as it is served."""
+
+    targets: Literal["hard", "soft"] = "hard"
+    """hard: the score's class. soft: class probabilities, from the score and its error."""
+    score_error: float = 0.5
+    """The score's standard error, on its own scale, for soft targets."""
+    epochs: float = 2.0
+    """Passes over the training comments."""
+    learning_rate: float = 2e-4
+    """AdamW's, after warm-up. 1e-3 suits a base as small as SmolLM2-135M."""
+    batch_size: int = 64
+    """Comments an optimizer step."""
+    rank: int = 16
+    """Rank of the LoRA on every linear layer."""
+    alpha: int = 32
+    """LoRA's scale; alpha / rank multiplies the update."""
+
+    validation_share: float = 0.1
+    """Comments held out to choose settings by."""
+    test_share: float = 0.1
+    """Comments held out for the reported metrics. Not used with --test-dataset."""
+    max_steps: int | None = None
+    """Stop after so many optimizer steps: a trial run."""
+    seed: int = 0
+    """For the split, the LoRA's start and the order of the comments."""
+    note: str = ""
+    """For the model card: what a reader must know of these data."""
+
+
+def main(settings: Settings) -> None:
+    folder = settings.output or Path("results") / Path(settings.model).stem.lower()
+    if settings.evaluate_only:
+        return evaluate_as_served(folder)
+    with export.run_folder(folder) as work:
+        tuning.check_base(settings.model)
+        tokenizer = tuning.load_tokenizer(settings.model)
+        splits, counts = load_splits(settings, lambda texts: [len(ids) for ids in tuning.encode(tokenizer, texts)])
+        classifier = tuning.load(settings.model, rank=settings.rank, alpha=settings.alpha, seed=settings.seed)
+        prompts = {name: tuning.encode(classifier.tokenizer, part["text"].tolist()) for name, part in splits.items()}
+        score_error = settings.score_error if settings.targets == "soft" else 0.0
+        training = tuning.fit(
+            classifier,
+            prompts["train"],
+            data.soft_targets(splits["train"]["score"], score_error),
+            steps=settings.max_steps or round(settings.epochs * len(prompts["train"]) / settings.batch_size),
+            batch_size=settings.batch_size,
+            learning_rate=settings.learning_rate,
+            seed=settings.seed,
+        )
+        export.write_json(work / "settings.json", provenance(settings, splits, counts, classifier, training))
+        export.write_json(work / "splits.json", {name: part["comment_id"].tolist() for name, part in splits.items()})
+        for name in sorted(splits.keys() - {"train"}):
+            logprobs = tuning.predict(classifier, prompts[name])
+            record(work, splits, name, "torch", np.apply_along_axis(task.softmax, 1, logprobs))
+        export.write_weights(classifier, settings.model, work)
+        ollama.convert_merged(work)
+    print(f"\n{(folder / 'report.txt').read_text()}\n{folder} is complete. Serve it: MODEL_DIR={folder} ./bootstrap.sh")
+
+
+def load_splits(settings: Settings, count_tokens=None) -> tuple[dict[str, pd.DataFrame], dict]:
+    """Comments by split, and the counts of what was read and left out."""
+    comments = data.comments(data.read(settings.dataset), count_tokens)
+    shares = {"validation": settings.validation_share, "test": settings.test_share}
+    extra, counts = {}, {settings.dataset: comments.counts}
+    if settings.test_dataset:
+        shares["test"] = 0.0
+        test = data.comments(data.read(settings.test_dataset), count_tokens)
+        data.require_classes(test.frame, "test")
+        comments.frame, dropped = data.without(comments.frame, test.frame)
+        extra = {"test": test.frame}
+        counts |= {settings.test_dataset: test.counts, "comments_left_out_for_being_like_a_test_comment": dropped}
+    shares = {"train": 1 - sum(shares.values())} | {name: share for name, share in shares.items() if share}
+    return data.split(comments.frame, shares, settings.seed) | extra, counts
+
+
+def provenance(settings: Settings, splits: dict, counts: dict, classifier, training: dict) -> dict:
+    """What a reader needs to run it again, and what serving needs to know: label_tokens, class_scores, base."""
+    is_file = settings.model.endswith(".gguf")
+    train = splits["train"]
+    return {
+        "command": "python -m train " + shlex.join(sys.argv[1:]),
+        "settings": asdict(settings) | {"output": None},  # the folder may be moved
+        "commit": commit(),
+        "versions": versions(),
+        "hardware": tuning.hardware(),
+        "data": {
+            "counts": counts,
+            "sha256": {name: data.fingerprint(part) for name, part in splits.items()},
+            "comments": {name: len(part) for name, part in splits.items()},
+        },
+        "base": {
+            "name": Path(settings.model).name if is_file else settings.model,
+            "sha256": export.sha256_of(Path(settings.model)) if is_file else None,
+        },
+        "prompt_version": task.PROMPT_VERSION,
+        "label_tokens": classifier.label_tokens,
+        "class_scores": [round(train.loc[train["label"] == label, "score"].mean(), 4) for label in task.LABELS],
+        "training": training,
+    }
+
+
+def record(folder: Path, splits: dict, name: str, engine: str, probabilities: np.ndarray, **origin) -> None:
+    """Add one evaluation to the run's folder: metrics.json, report.txt, the confusion matrix, the model card."""
+    run = json.loads((folder / "settings.json").read_text())
+    part, path = splits[name], folder / "metrics.json"
+    metrics = json.loads(path.read_text()) if path.exists() else {}
+    if name not in metrics:
+        metrics[name] = evaluation.baselines(splits["train"], part, run["class_scores"])
+    metrics[name][engine] = origin | evaluation.measure(part, probabilities, run["class_scores"])
+    export.write_json(path, metrics)
+    if name == "test":
+        (folder / "report.txt").write_text(evaluation.report(part, probabilities))
+        run_name = folder.name.removesuffix(".incomplete")
+        title = f"{run_name}: {len(part)} test comments, {engine}"
+        evaluation.plot_confusion(part, probabilities, title, folder / "confusion_matrix.png")
+        card = export.model_card(run_name, run, evaluation.table(metrics["test"]))
+        (folder / "README.md").write_text(card)
+
+
+def evaluate_as_served(folder: Path) -> None:
+    """Measure a finished run through Ollama on its own test comments: what its users get, quantisation and all."""
+    from tqdm.auto import tqdm
+
+    if not (folder / "settings.json").exists():
+        raise UserError(f"{folder} is no finished run: give one with --output")
+    run = json.loads((folder / "settings.json").read_text())
+    settings = Settings(**run["settings"])
+    splits, _ = load_splits(settings)
+    for name, expected in run["data"]["sha256"].items():
+        if data.fingerprint(splits[name]) != expected:
+            raise UserError(f"{settings.dataset} has changed since {folder} was trained: its {name} comments differ")
+    server = ollama.Ollama(os.environ.get("OLLAMA_HOST", ""), ollama.model_name(folder), tuple(run["label_tokens"]))
+    try:
+        origin = {"ollama": server.version(), "digest": server.digest()}
+        texts = tqdm(splits["test"]["text"], desc="asking Ollama", unit="comment")
+        probabilities = np.array([server.classify(text).probabilities for text in texts])
+    except ollama.OllamaError as error:
+        raise UserError(f"{error} (MODEL_DIR={folder} ./bootstrap.sh starts it)") from error
+    record(folder, splits, "test", "as_served", probabilities, **origin)
+    print((folder / "report.txt").read_text())
+
+
+def commit() -> str | None:
+    """The commit the code is at, marked where files differ from it; None outside a git checkout."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("GIT_COMMIT")
+    return head + ("-dirty" if changed.stdout.strip() else "")
+
+
+def versions() -> dict[str, str | None]:
+    names = ("torch", "transformers", "peft", "unsloth", "bitsandbytes", "scikit-learn", "gguf")
+    found = {"python": platform.python_version()}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Settings, description=__doc__))
+    except UserError as error:
+        sys.exit(f"train: {error}")
+    except KeyboardInterrupt:
+        sys.exit("train: stopped; nothing was exported")
