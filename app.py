@@ -7,6 +7,7 @@ curl localhost:5000/infer -d 'some text'
 
 import os
 import time
+import traceback
 from http import HTTPStatus
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from flask import Flask, Response, json, request
 from sqlalchemy.exc import SQLAlchemyError
 from werkzeug.exceptions import BadRequest, HTTPException
 
+from hatespeech import task
+from hatespeech.calibration import Calibration
 from hatespeech.ollama import Ollama, OllamaError, label_tokens, model_name
 from hatespeech.store import ANSWERED, FAILED, REFUSED, Store
 
@@ -33,6 +36,8 @@ def create_app(config: dict | None = None) -> Flask:
     app.config.from_mapping(config or {})
     run = Path(app.config["MODEL_DIR"])
     ollama = Ollama(app.config["OLLAMA_HOST"], model_name(run), label_tokens(run), app.config["OLLAMA_TIMEOUT_S"])
+    path = run / "calibration.json"
+    calibration = Calibration.load(path) if path.exists() else None
     store = Store(app.config["DATABASE_URL"])
 
     @app.post("/infer")
@@ -53,7 +58,9 @@ def create_app(config: dict | None = None) -> Flask:
         try:
             text = text_of(body)
             digest = ollama.digest()
-            prediction = ollama.classify(text)
+            probabilities = ollama.classify(text).probabilities
+            if calibration:
+                probabilities = tuple(calibration.apply(probabilities).tolist())
         except Exception as error:
             problem = error if isinstance(error, HTTPException) else None
             status = problem.code if problem else getattr(error, "status", HTTPStatus.INTERNAL_SERVER_ERROR)
@@ -64,10 +71,11 @@ def create_app(config: dict | None = None) -> Flask:
             request_id,
             status=ANSWERED,
             http_status=HTTPStatus.OK,
-            probabilities=prediction.probabilities,
+            probabilities=probabilities,
             model_digest=digest,
+            calibration=calibration and calibration.version,
         )
-        return Response(prediction.label, mimetype="text/plain", headers={"X-Request-Id": request_id})
+        return Response(task.decide(probabilities), mimetype="text/plain", headers={"X-Request-Id": request_id})
 
     @app.get("/healthcheck")
     def healthcheck() -> Response:
@@ -87,7 +95,8 @@ def create_app(config: dict | None = None) -> Flask:
 
     @app.errorhandler(Exception)
     def unexpected(error: Exception) -> Response:
-        app.logger.error("unexpected %s", type(error).__name__, exc_info=error)
+        where = "".join(traceback.format_tb(error.__traceback__))  # without the message, which might hold the text
+        app.logger.error("unexpected %s\n%s", type(error).__name__, where)
         return problem(500, "an unexpected error; the service's own log has it")
 
     return app

@@ -1,4 +1,4 @@
-"""Fine-tune a small classifier out of a large language model: load -> split -> tune -> evaluate -> export.
+"""Fine-tune a small classifier out of a large language model: load -> split -> tune -> calibrate -> evaluate -> export.
 
 python -m train                                                      # MHS, Mistral-7B in 4 bit, a CUDA GPU
 python -m train --model HuggingFaceTB/SmolLM2-135M-Instruct          # a small base; trains on a CPU too
@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 import tyro
 
-from hatespeech import UserError, data, evaluation, export, ollama, task, tuning
+from hatespeech import UserError, calibration, data, evaluation, export, ollama, task, tuning
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,8 @@ class Settings:
     """Comments held out to choose settings by."""
     test_share: float = 0.1
     """Comments held out for the reported metrics. Not used with --test-dataset."""
+    calibrate_on: Literal["validation", "test"] = "validation"
+    """test: where only the test labels are sound. Its metrics are then cross-fitted: no comment calibrates itself."""
     max_steps: int | None = None
     """Stop after so many optimizer steps: a trial run."""
     seed: int = 0
@@ -68,6 +70,8 @@ class Settings:
 
 
 def main(settings: Settings) -> None:
+    if settings.calibrate_on == "validation" and not settings.validation_share:
+        raise UserError("no comments to calibrate on: give --validation-share, or --calibrate-on test")
     folder = settings.output or Path("results") / Path(settings.model).stem.lower()
     if settings.evaluate_only:
         return evaluate_as_served(folder)
@@ -89,7 +93,7 @@ def main(settings: Settings) -> None:
         )
         export.write_json(work / "settings.json", provenance(settings, splits, counts, classifier, training))
         export.write_json(work / "splits.json", {name: part["comment_id"].tolist() for name, part in splits.items()})
-        for name in sorted(splits.keys() - {"train"}):
+        for name in sorted(splits.keys() - {"train"}, key=lambda name: name != settings.calibrate_on):
             logprobs = tuning.predict(classifier, prompts[name])
             record(work, splits, name, "torch", np.apply_along_axis(task.softmax, 1, logprobs))
         export.write_weights(classifier, settings.model, work)
@@ -140,21 +144,26 @@ def provenance(settings: Settings, splits: dict, counts: dict, classifier, train
 
 
 def record(folder: Path, splits: dict, name: str, engine: str, probabilities: np.ndarray, **origin) -> None:
-    """Add one evaluation to the run's folder: metrics.json, report.txt, the confusion matrix, the model card."""
+    """Add an engine's evaluation to the run's folder: calibration, metrics, report, confusion matrix, model card."""
     run = json.loads((folder / "settings.json").read_text())
-    part, path = splits[name], folder / "metrics.json"
+    part, labels, path = splits[name], splits[name]["label"], folder / "metrics.json"
+    if name == run["settings"]["calibrate_on"]:
+        fitted = calibration.fit(probabilities, labels, split=name, engine=engine, sha256=run["data"]["sha256"][name])
+        fitted.save(folder / "calibration.json")
+        calibrated = calibration.cross_fit(probabilities, labels)
+    else:
+        calibrated = calibration.Calibration.load(folder / "calibration.json").apply(probabilities)
     metrics = json.loads(path.read_text()) if path.exists() else {}
-    if name not in metrics:
-        metrics[name] = evaluation.baselines(splits["train"], part, run["class_scores"])
-    metrics[name][engine] = origin | evaluation.measure(part, probabilities, run["class_scores"])
+    metrics.setdefault(name, evaluation.baselines(splits["train"], part, run["class_scores"]))
+    metrics[name][f"{engine}_uncalibrated"] = origin | evaluation.measure(part, probabilities, run["class_scores"])
+    metrics[name][engine] = origin | evaluation.measure(part, calibrated, run["class_scores"])
     export.write_json(path, metrics)
     if name == "test":
-        (folder / "report.txt").write_text(evaluation.report(part, probabilities))
         run_name = folder.name.removesuffix(".incomplete")
+        (folder / "report.txt").write_text(evaluation.report(part, calibrated))
         title = f"{run_name}: {len(part)} test comments, {engine}"
-        evaluation.plot_confusion(part, probabilities, title, folder / "confusion_matrix.png")
-        card = export.model_card(run_name, run, evaluation.table(metrics["test"]))
-        (folder / "README.md").write_text(card)
+        evaluation.plot_confusion(part, calibrated, title, folder / "confusion_matrix.png")
+        (folder / "README.md").write_text(export.model_card(run_name, run, evaluation.table(metrics["test"])))
 
 
 def evaluate_as_served(folder: Path) -> None:

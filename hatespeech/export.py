@@ -89,6 +89,9 @@ def write_weights(classifier, base: str, folder: Path) -> None:
 def model_card(name: str, run: dict, table: str) -> str:
     """README.md of a run's folder. run: its settings.json. table: the test metrics, in Markdown."""
     settings, training = run["settings"], run["training"]
+    calibrated_on = f"the {settings['calibrate_on']} comments"
+    if settings["calibrate_on"] == "test":
+        calibrated_on += ", cross-fitted: no comment calibrates itself"
     return f"""# {name}
 
 A LoRA of `{run["base"]["name"]}` that tells {" / ".join(task.LABELS)} apart by one token, made by
@@ -100,19 +103,20 @@ on {run["hardware"]} in {training["seconds"]:.0f} s ({training["rows_per_s"]:.0f
 **Trained on** {run["data"]["comments"]["train"]:,} comments of `{settings["dataset"]}`, {settings["targets"]} targets.
 {settings["note"]}
 
-**Tested on** {run["data"]["comments"]["test"]:,} comments of `{settings["test_dataset"] or settings["dataset"]}` that share
-no text with them. Each figure with its 95 % bootstrap interval over comments:
+**Tested on** {run["data"]["comments"]["test"]:,} comments of `{settings["test_dataset"] or settings["dataset"]}`
+that share no text with them. Each figure with its 95 % bootstrap interval over comments:
 
 {table}
 
-`torch` is the model as trained, `as_served` the exported GGUF through Ollama. pearson_r is that of the expected score
-with the true one. metrics.json has all of it, settings.json the versions, the commit and the data's sha256.
+`torch` is the model as trained, `as_served` the exported GGUF through Ollama, both calibrated on {calibrated_on}.
+pearson_r is that of the expected score with the true one. metrics.json has all of it; settings.json has the versions,
+the commit and the data's sha256.
 
 **Serve it** with `MODEL_DIR=results/{name} ./bootstrap.sh`.
 
-**Limits.** It was taught one data set's idea of hate speech, by English-language comments of 2019 or before, and errs as
-often as the table says, more on dialect, quotation, irony and reclaimed words. Let it rank and pre-sort for people; don't
-let it punish anyone alone.
+**Limits.** It was taught one data set's idea of hate speech, by English-language comments of 2019 or before. It errs as
+often as the table says; expect more on dialect, quotation, irony and reclaimed words. Let it rank and pre-sort for
+people; don't let it punish anyone alone.
 
 Data: Measuring Hate Speech, UC Berkeley D-Lab (Kennedy et al. 2020; Sachdeva et al. 2022), CC-BY-4.0.
 """

@@ -44,10 +44,6 @@ class Prediction:
     probabilities: tuple[float, float, float]
     prompt_tokens: int
 
-    @property
-    def label(self) -> str:
-        return task.decide(self.probabilities)
-
 
 def base_url(host: str) -> str:
     """OLLAMA_HOST as Ollama itself understands it (`host`, `host:port`, `:port`, a URL) -> a URL."""
@@ -74,8 +70,8 @@ def label_tokens(run: Path) -> tuple[str, ...]:
 def convert_merged(run: Path) -> None:
     """Let Ollama's own converter make `model.gguf` (F16) of a run's `merged/` safetensors, which are then removed.
 
-    Uses a server of its own, on a free port with a store of its own, gone afterwards. Where there is no `ollama` command,
-    `merged/` stays and the Modelfile names it: Ollama converts it when the model is created.
+    Uses a server of its own, on a free port with a store of its own, gone afterwards. Where there is no `ollama`
+    command, `merged/` stays and the Modelfile names it: Ollama converts it when the model is created.
     """
     merged, modelfile = run / "merged", run / "Modelfile"
     if not merged.exists():

@@ -47,10 +47,11 @@ class Request(Base):
     model: Mapped[str]
     model_digest: Mapped[str | None]
     prompt_version: Mapped[str]
+    calibration: Mapped[str | None]
 
 
 class Store:
-    """The database behind a URL such as sqlite:////var/lib/hatespeech/requests.sqlite3. Safe to share between threads."""
+    """The database behind a URL such as sqlite:////var/lib/hatespeech/requests.sqlite3. Threads may share it."""
 
     def __init__(self, url: str):
         self.url = make_url(url)
@@ -86,6 +87,7 @@ class Store:
         duration_ms: float,
         probabilities: Sequence[float] | None = None,
         model_digest: str | None = None,
+        calibration: str | None = None,
         error: str | None = None,
     ) -> None:
         """Commit what became of a request."""
@@ -93,7 +95,7 @@ class Store:
             request = session.get_one(Request, request_id)
             request.finished_at = _now()
             request.status, request.http_status, request.duration_ms = status, http_status, duration_ms
-            request.error, request.model_digest = error, model_digest
+            request.error, request.model_digest, request.calibration = error, model_digest, calibration
             if probabilities is not None:
                 request.label = task.decide(probabilities)
                 request.p_hate, request.p_neutral, request.p_supportive = probabilities

@@ -302,8 +302,8 @@ def _explained(base: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(
-            f"{base}: neither a local model nor to be had from the Hugging Face hub ({type(error).__name__}). Check the "
-            "name and the network, or give a directory or a .gguf file: --model PATH"
+            f"{base}: neither a local model nor to be had from the Hugging Face hub ({type(error).__name__}). "
+            "Check the name and the network, or give a directory or a .gguf file: --model PATH"
         ) from error
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name} is not installed: pip install '.[train]' (or environment.yml)") from error
