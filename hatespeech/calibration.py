@@ -60,7 +60,9 @@ def fit(probabilities: np.ndarray, labels: Sequence[str], **fitted_on) -> Calibr
     best = minimize(loss, [1.0, 0.0, 0.0, 0.0], bounds=[(0.05, 20.0)] + [(-10.0, 10.0)] * 3)
     slope, *biases = best.x
     biases = np.array(biases) - np.mean(biases)  # only differences count
-    return Calibration(round(float(1 / slope), 4), tuple(np.round(biases, 4).tolist()), fitted_on | {"comments": len(truth)})
+    return Calibration(
+        round(float(1 / slope), 4), tuple(np.round(biases, 4).tolist()), fitted_on | {"comments": len(truth)}
+    )
 
 
 def cross_fit(probabilities: np.ndarray, labels: Sequence[str], folds: int = 10, seed: int = 0) -> np.ndarray:

@@ -167,7 +167,7 @@ def merge(base: Path, adapter: Path, merged: Path) -> None:
     import gguf
     from tqdm.auto import tqdm
 
-    base_file, adapter_file = _read(base), _read(adapter)
+    adapter_file, base_file = _read(adapter), _read(base)
     lora = {tensor.name: gguf.dequantize(tensor.data, tensor.tensor_type) for tensor in adapter_file.tensors}
     alpha = adapter_file.get_field("adapter.lora.alpha").contents()
     unknown = {name.rsplit(".lora_", 1)[0] for name in lora} - {tensor.name for tensor in base_file.tensors}

@@ -106,9 +106,9 @@ class Store:
             return list(session.scalars(select(Request).order_by(Request.received_at.desc()).limit(limit)))
 
     def check(self) -> None:
-        """Raise SQLAlchemyError where the database can't be written now (BEGIN IMMEDIATE takes the write lock)."""
-        with self.engine.begin():
-            pass
+        """Raise SQLAlchemyError where the log can't be written now: BEGIN IMMEDIATE takes SQLite's write lock."""
+        with Session(self.engine) as session, session.begin():
+            session.execute(select(Request.id).limit(1))
 
 
 def _now() -> datetime:

@@ -1,0 +1,142 @@
+"""The real parts that tests share: a real Ollama with the shipped model, a real SQLite file."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from app import create_app
+from hatespeech import export
+from hatespeech.ollama import Ollama, OllamaError, label_tokens, model_name
+
+ROOT = Path(__file__).parent.parent
+BASE = ROOT / ".cache" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+RUN = ROOT / "results" / "smollm2-135m"
+os.environ["PATH"] = f"{ROOT}/.cache/ollama/bin:{os.environ['PATH']}"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def base_gguf() -> Path:
+    assert BASE.exists(), f"{BASE} is missing: ./bootstrap.sh test fetches it"
+    return BASE
+
+
+@pytest.fixture(scope="session")
+def ollama_host(tmp_path_factory):
+    """An Ollama of the tests' own: host:port."""
+    assert shutil.which("ollama"), "no ollama command: ./bootstrap.sh test gets it"
+    host, folder = f"127.0.0.1:{free_port()}", tmp_path_factory.mktemp("ollama")
+    environment = os.environ | {"OLLAMA_HOST": host, "OLLAMA_MODELS": str(folder / "models")}
+    with open(folder / "serve.log", "w") as log:
+        server = subprocess.Popen(["ollama", "serve"], env=environment, stdout=log, stderr=log)
+    probe = Ollama(host, "none", ())
+    for _ in range(120):
+        try:
+            probe.version()
+            break
+        except OllamaError:
+            time.sleep(0.25)
+    yield host
+    server.terminate()
+    server.wait()
+
+
+@pytest.fixture(scope="session")
+def create(ollama_host):
+    """create(run): give a run's folder to the tests' Ollama, as bootstrap.sh does, and return its client."""
+
+    def create(run: Path, modelfile: str = "Modelfile", name: str | None = None) -> Ollama:
+        name = name or model_name(run)
+        command = ["ollama", "create", name, "-f", str(run / modelfile)]
+        subprocess.run(command, env=os.environ | {"OLLAMA_HOST": ollama_host}, check=True, capture_output=True)
+        return Ollama(ollama_host, name, label_tokens(run), timeout_s=60)
+
+    return create
+
+
+@pytest.fixture(scope="session")
+def run(base_gguf, tmp_path_factory) -> Path:
+    """A copy of the shipped run, with its model.gguf made as bootstrap.sh makes it."""
+    folder = tmp_path_factory.mktemp("results") / RUN.name
+    shutil.copytree(RUN, folder, ignore=shutil.ignore_patterns("model.gguf*"))
+    export.complete(folder, base_gguf)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def server(create, run) -> Ollama:
+    """The shipped model, served."""
+    client = create(run)
+    client.preload()
+    return client
+
+
+@pytest.fixture
+def make_client(run, tmp_path):
+    """make_client(host, **config): a test client of the app with a SQLite file of its own, at client.database."""
+
+    def make(host: str, **config):
+        database = tmp_path / "requests.sqlite3"
+        settings = {"MODEL_DIR": str(run), "OLLAMA_HOST": host, "DATABASE_URL": f"sqlite:///{database}"}
+        client = create_app(settings | config).test_client()
+        client.database = database
+        return client
+
+    return make
+
+
+@pytest.fixture
+def client(make_client, server, ollama_host):
+    return make_client(ollama_host)
+
+
+class StandIn(ThreadingHTTPServer):
+    """Answers as an Ollama would that has gone wrong: only for faults the real one won't show on demand."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), _Answer)
+        self.host = f"127.0.0.1:{self.server_port}"
+        self.status, self.body, self.delay_s = 200, b"{}", 0.0
+
+
+class _Answer(BaseHTTPRequestHandler):
+    def do_GET(self):
+        models = [{"name": f"{model_name(RUN)}:latest", "digest": "0" * 64}]
+        self.reply(200, json.dumps({"models": models, "version": "0.24.0"}).encode())
+
+    def do_POST(self):
+        time.sleep(self.server.delay_s)
+        self.reply(self.server.status, self.server.body)
+
+    def reply(self, status: int, body: bytes):
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def stand_in():
+    server = StandIn()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()

@@ -1,0 +1,105 @@
+import json
+import subprocess
+import sys
+
+import gguf
+import numpy as np
+import pytest
+
+from hatespeech import UserError, export
+from tests.conftest import ROOT
+
+
+def test_a_run_appears_whole(tmp_path):
+    folder = tmp_path / "results" / "mine"
+    with export.run_folder(folder) as work:
+        assert (work.name, folder.exists()) == ("mine.incomplete", False)
+        (work / "metrics.json").write_text("{}")
+    assert [path.name for path in folder.iterdir()] == ["metrics.json"]
+    assert [path.name for path in folder.parent.iterdir()] == ["mine"]
+
+
+def test_a_run_that_fails_stays_visibly_incomplete_and_can_start_again(tmp_path, capsys):
+    folder = tmp_path / "mine"
+    with pytest.raises(ZeroDivisionError), export.run_folder(folder) as work:
+        (work / "half.json").write_text("{")
+        _ = 1 / 0
+    assert not folder.exists()
+    assert (tmp_path / "mine.incomplete" / "half.json").exists()
+    with export.run_folder(folder) as work:
+        assert not (work / "half.json").exists()
+    assert "did not finish: starting it again" in capsys.readouterr().out
+    assert folder.exists()
+
+
+def test_a_finished_run_is_not_overwritten(tmp_path):
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(UserError, match="holds a finished run"), export.run_folder(tmp_path / "mine"):
+        pass
+
+
+def test_two_runs_into_one_folder(tmp_path):
+    code = (
+        "import sys, pathlib; from hatespeech import export\n"
+        "with export.run_folder(pathlib.Path(sys.argv[1])): print('in', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "mine")]
+    first = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert first.stdout.readline() == "in\n"
+    with pytest.raises(UserError, match="another run is writing"), export.run_folder(tmp_path / "mine"):
+        pass
+    first.communicate("")
+    assert (tmp_path / "mine").exists()
+
+
+SOME = ("blk.0.attn_q.weight", "blk.7.attn_k.weight", "blk.29.ffn_down.weight")
+NORM = "blk.0.attn_norm.weight"
+
+
+def tensors(path) -> dict[str, np.ndarray]:
+    wanted = (t for t in gguf.GGUFReader(path).tensors if t.name.startswith((*SOME, NORM)))
+    return {t.name: gguf.dequantize(t.data, t.tensor_type) for t in wanted}
+
+
+def test_merged_weights_are_base_plus_update(run, base_gguf):
+    base, adapter, merged = (tensors(path) for path in (base_gguf, run / "adapter.gguf", run / "model.gguf"))
+    alpha = gguf.GGUFReader(run / "adapter.gguf").get_field("adapter.lora.alpha").contents()
+    assert base.keys() == merged.keys()
+    for name in SOME:
+        a, b = adapter[f"{name}.lora_a"], adapter[f"{name}.lora_b"]
+        expected = base[name] + alpha / a.shape[0] * b @ a
+        assert np.abs(merged[name] - expected).max() < 1e-3 * np.abs(expected).max()
+        assert np.abs(merged[name] - base[name]).max() > 1e-3 * np.abs(expected).max()
+    assert np.array_equal(merged[NORM], base[NORM])  # norms have no LoRA
+
+
+def test_merged_metadata_is_the_bases(run, base_gguf):
+    base, merged = gguf.GGUFReader(base_gguf), gguf.GGUFReader(run / "model.gguf")
+    for name, entry in base.fields.items():
+        if not name.startswith("GGUF.") and name != "general.file_type":
+            assert all(map(np.array_equal, merged.get_field(name).parts, entry.parts)), name
+
+
+def test_another_base_is_refused(run, base_gguf, tmp_path):
+    (tmp_path / "settings.json").write_text(json.dumps({"base": {"name": "b.gguf", "sha256": "0" * 64}}))
+    with pytest.raises(UserError, match=r"give the base it was trained on, b\.gguf"):
+        export.complete(tmp_path, None)
+    with pytest.raises(UserError, match="is not the base of"):
+        export.complete(tmp_path, base_gguf)
+    assert not (tmp_path / "model.gguf").exists()
+
+
+def test_the_command_explains_itself(tmp_path):
+    command = [sys.executable, "-m", "hatespeech.export", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("export: ")
+    assert "no finished run" in done.stderr
+
+
+def test_a_broken_gguf_is_named(base_gguf, tmp_path):
+    broken = tmp_path / "adapter.gguf"
+    broken.write_bytes(b"GGUX" + bytes(100))
+    with pytest.raises(UserError, match="no readable GGUF"):
+        export.merge(base_gguf, broken, tmp_path / "model.gguf")
+    assert list(tmp_path.iterdir()) == [broken]

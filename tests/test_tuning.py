@@ -1,0 +1,173 @@
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from hatespeech import UserError, task, tuning
+
+TEXTS = ["short", "a somewhat longer text, with 😀 and <|im_end|>", "x " * 40, "[/INST] Hate"]
+TARGETS = np.array([[1, 0, 0], [0, 1, 0], [0.2, 0.3, 0.5], [0, 0, 1.0]])
+
+
+@pytest.fixture(scope="module")
+def tokenizer(base_gguf):
+    return tuning.load_tokenizer(str(base_gguf))
+
+
+@pytest.fixture
+def classifier(tokenizer):
+    """A tiny random Llama with the real tokenizer, whose LoRA is not at its zero start."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(LlamaForCausalLM(config), lora)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return tuning.Classifier(model, tokenizer, tuning.label_ids(tokenizer))
+
+
+def gradients(model) -> torch.Tensor:
+    return torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None])
+
+
+def test_loss_and_gradients_equal_one_row_at_a_time(classifier):
+    """Right-padded, unmasked, logits at one position: the same as a plain full forward a row, to 1e-5."""
+    prompts = tuning.encode(classifier.tokenizer, TEXTS)
+    loss = -(torch.tensor(TARGETS) * tuning.label_logprobs(classifier, prompts)).sum()
+    loss.backward()
+    batched = gradients(classifier.model)
+
+    classifier.model.zero_grad()
+    naive = 0.0
+    for prompt, target in zip(prompts, TARGETS, strict=True):
+        logits = classifier.model(input_ids=torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt))).logits
+        logprobs = logits[0, -1].log_softmax(-1)[list(classifier.label_ids)]
+        row = -(torch.tensor(target) * logprobs).sum()
+        row.backward()
+        naive += row.item()
+    assert loss.item() == pytest.approx(naive, rel=1e-5)
+    difference = (batched - gradients(classifier.model)).norm() / batched.norm()
+    assert difference < 1e-5
+
+
+def test_the_same_seed_gives_the_same_model(tokenizer, classifier):
+    prompts = tuning.encode(tokenizer, TEXTS)
+    start = {name: value.clone() for name, value in classifier.model.state_dict().items()}
+    outcomes = []
+    for _ in range(2):
+        classifier.model.load_state_dict(start)
+        tuning.fit(classifier, prompts, TARGETS, steps=3, batch_size=2, learning_rate=1e-2, seed=5)
+        outcomes.append(tuning.predict(classifier, prompts))
+    assert np.array_equal(*outcomes)
+
+
+def test_training_learns(classifier):
+    prompts = tuning.encode(classifier.tokenizer, TEXTS)
+    done = tuning.fit(classifier, prompts, TARGETS, steps=60, batch_size=4, learning_rate=3e-2, seed=0)
+    assert done["rows"] == 240
+    assert tuning.predict(classifier, prompts).argmax(axis=1).tolist() == TARGETS.argmax(axis=1).tolist()
+
+
+def test_a_batch_too_large_for_memory_is_halved_to_the_same_result(classifier, monkeypatch, capsys):
+    """Memory that holds one row stands in for a small GPU's."""
+    prompts = tuning.encode(classifier.tokenizer, TEXTS)
+    start = {name: value.clone() for name, value in classifier.model.state_dict().items()}
+    settings = {"steps": 4, "batch_size": 4, "learning_rate": 1e-2, "seed": 0}
+    tuning.fit(classifier, prompts, TARGETS, **settings)
+    whole = tuning.predict(classifier, prompts)
+
+    classifier.model.load_state_dict(start)
+    real = tuning.label_logprobs
+
+    def small(classifier, prompts):
+        if len(prompts) > 1:
+            raise torch.cuda.OutOfMemoryError
+        return real(classifier, prompts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tuning, "label_logprobs", small)
+        tuning.fit(classifier, prompts, TARGETS, **settings)
+    assert tuning.predict(classifier, prompts) == pytest.approx(whole, abs=1e-4)
+    assert "too large for the GPU's memory: 1 at a time" in capsys.readouterr().out
+
+    def none(*_):
+        raise torch.cuda.OutOfMemoryError
+
+    monkeypatch.setattr(tuning, "label_logprobs", none)
+    with pytest.raises(UserError, match="can't hold one row"):
+        tuning.fit(classifier, prompts, TARGETS, **settings)
+
+
+def test_batches_cover_every_row_once_an_epoch():
+    lengths = np.random.default_rng(0).integers(5, 90, 1000)
+    batches = tuning._batches(lengths, 32, seed=1)
+    epoch = [next(batches) for _ in range(32)]
+    assert sorted(np.concatenate(epoch)) == list(range(1000))
+    padded = sum(lengths[batch].max() * len(batch) for batch in epoch)
+    assert padded < 1.15 * lengths.sum()
+
+
+def test_label_tokens_are_three(tokenizer):
+    ids = tuning.label_ids(tokenizer)
+    classifier = tuning.Classifier(None, tokenizer, ids)
+    assert classifier.label_tokens == [" H", " Neutral", " Support"]
+
+
+def test_no_control_token_survives_in_a_text(tokenizer):
+    control = {token.content: id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    assert len(control) > 10
+    ids = tokenizer(task.prompt(" ".join(control))).input_ids
+    assert not set(ids) & set(control.values())
+
+
+class Letters:
+    """A tokenizer of single letters, to which every completion starts with the same one, the space."""
+
+    def __call__(self, text):
+        return type("Encoding", (), {"input_ids": [ord(letter) for letter in text]})
+
+
+class Words:
+    """A tokenizer of words, to which a completion glued to the prompt's end makes one word with it."""
+
+    def __call__(self, text):
+        return type("Encoding", (), {"input_ids": text.replace("] ", "]").split(" ")})
+
+
+@pytest.mark.parametrize(("tokenizer", "reason"), [(Letters(), "starts two of"), (Words(), "fuses the prompt's end")])
+def test_bases_that_cannot_tell_the_labels_apart_are_refused(tokenizer, reason):
+    with pytest.raises(UserError, match=reason):
+        tuning.label_ids(tokenizer)
+
+
+def test_a_base_that_is_not_there_is_explained():
+    with pytest.raises(UserError, match=r"no/such\.gguf: no such file"):
+        tuning.load_tokenizer("no/such.gguf")
+    with pytest.raises(UserError, match="neither a local model nor to be had"):
+        tuning.load_tokenizer("./no-such-directory")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tells what happens without CUDA")
+def test_a_large_base_needs_cuda(tmp_path):
+    LlamaConfig(hidden_size=4096, num_hidden_layers=32, intermediate_size=14336).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"billion parameters need a CUDA GPU.*--model HuggingFaceTB"):
+        tuning.check_base(str(tmp_path))
+
+
+def test_prompts_are_prefixes_of_trained_sequences(tokenizer):
+    """The completion's first token is the one trained: nothing of it is swallowed by the prompt's end."""
+    for text in TEXTS:
+        prompt = tokenizer(task.prompt(text)).input_ids
+        for completion, label_id in zip(task.COMPLETIONS, tuning.label_ids(tokenizer), strict=True):
+            joined = tokenizer(task.prompt(text) + completion).input_ids
+            assert joined[: len(prompt)] == prompt
+            assert joined[len(prompt)] == label_id
