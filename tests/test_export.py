@@ -21,9 +21,14 @@ def test_a_run_appears_whole(tmp_path):
 
 def test_a_run_that_fails_stays_visibly_incomplete_and_can_start_again(tmp_path, capsys):
     folder = tmp_path / "mine"
-    with pytest.raises(ZeroDivisionError), export.run_folder(folder) as work:
-        (work / "half.json").write_text("{")
-        _ = 1 / 0
+
+    def fail() -> None:
+        with export.run_folder(folder) as work:
+            (work / "half.json").write_text("{")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
     assert not folder.exists()
     assert (tmp_path / "mine.incomplete" / "half.json").exists()
     with export.run_folder(folder) as work:

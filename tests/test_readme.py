@@ -1,0 +1,137 @@
+"""What the README says, held against the code: every command runs, every figure is one that was stored."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+import threading
+import tomllib
+
+import nbformat
+import pytest
+import tyro
+import yaml
+from nbclient import NotebookClient
+from werkzeug.serving import make_server
+
+import train
+from app import create_app
+from tests.conftest import ROOT, RUN
+
+README = (ROOT / "README.md").read_text()
+COMMANDS = [
+    line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines() if line.strip()
+]
+# Commands that set up or train: here each is parsed; the test named runs it.
+RUN_ELSEWHERE = {
+    "./bootstrap.sh": "test_bootstrap.py::test_from_bare_to_answers_and_rows",
+    "./bootstrap.sh test": "what runs these tests (.ci/run)",
+    "MODEL_DIR=results/mine ./bootstrap.sh": "test_bootstrap.py, with MODEL_DIR of its own",
+    "conda env create -f environment.yml": "test_environment_yml_is_the_train_extra (no conda here)",
+    "conda activate hatespeech": "as above",
+}
+
+
+@pytest.fixture
+def served(run, server, ollama_host, tmp_path):
+    """The real app on a real port."""
+    config = {
+        "MODEL_DIR": str(run),
+        "OLLAMA_HOST": ollama_host,
+        "DATABASE_URL": f"sqlite:///{tmp_path}/.data/requests.sqlite3",
+    }
+    listener = make_server("127.0.0.1", 0, create_app(config), threaded=True)
+    threading.Thread(target=listener.serve_forever, daemon=True).start()
+    yield listener.port
+    listener.shutdown()
+
+
+def test_every_command_is_known():
+    for command in COMMANDS:
+        words = shlex.split(command)
+        assert command in RUN_ELSEWHERE or words[0] in ("curl", "sqlite3") or words[:3] == ["python", "-m", "train"], (
+            command
+        )
+
+
+def test_curl_commands_answer_as_shown(served, tmp_path):
+    (tmp_path / "comment.txt").write_text("such a comment")
+    outputs = []
+    for command in COMMANDS:
+        if command.startswith("curl"):
+            command = command.replace("localhost:5000", f"localhost:{served}").replace("curl", "curl -sS --fail")
+            done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=True)
+            outputs.append(done.stdout)
+    shown = re.search(r"```\n(\w+)\n```", README).group(1)
+    assert outputs[0] == shown == "Supportive"
+    assert set(outputs[1:-1]) <= {"Hate", "Neutral", "Supportive"}
+    assert outputs[-1] == "OK"
+    query = next(shlex.split(command)[2] for command in COMMANDS if command.startswith("sqlite3"))
+    code = "import sqlite3, sys; print(len(sqlite3.connect('.data/requests.sqlite3').execute(sys.argv[1]).fetchall()))"
+    done = subprocess.run([sys.executable, "-c", code, query], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout == "3\n"
+
+
+def test_train_commands_parse():
+    parsed = 0
+    for command in COMMANDS:
+        words = shlex.split(command)
+        if words[:3] == ["python", "-m", "train"] and "--help" not in words:
+            assert isinstance(tyro.cli(train.Settings, args=words[3:]), train.Settings)
+            parsed += 1
+    assert parsed == 3
+    done = subprocess.run(
+        [sys.executable, "-m", "train", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    for flag in ("--model", "--dataset", "--output", "--epochs", "--targets", "--evaluate-only"):
+        assert flag in done.stdout
+
+
+def test_every_figure_of_ours_was_measured():
+    metrics = json.loads((RUN / "metrics.json").read_text())["test"]
+    rows = {"TF-IDF + logistic": "tfidf_logistic_regression", "**shipped": "as_served"}
+    for start, name in rows.items():
+        (line,) = [line for line in README.splitlines() if line.startswith(f"| {start}")]
+        shown = [cell.strip() for cell in line.split("|")[4:7]]
+        assert shown == [f"{metrics[name][metric]['value']:.3f}" for metric in ("accuracy", "weighted_f1", "macro_f1")]
+        pearson = metrics[name]["pearson_r"]
+        assert f"{pearson['value']:.3f} ({pearson['low']:.3f} to {pearson['high']:.3f})" in README
+    comments = json.loads((RUN / "settings.json").read_text())["data"]["comments"]
+    assert f"{comments['train']:,} silver comments | {comments['test']} gold comments" in README
+    accuracy = metrics["as_served"]["accuracy"]
+    assert f"(accuracy {accuracy['low']:.3f} to {accuracy['high']:.3f})" in README.replace("\n  ", " ")
+
+
+def test_every_module_is_in_the_tour():
+    for path in (ROOT / "hatespeech").glob("[a-z]*.py"):
+        assert f"| `{path.name}` |" in README
+
+
+def test_environment_yml_is_the_train_extra():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    listed = next(entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict))
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert listed == ["-e .", *extras["train"]]
+
+
+def test_top_level_is_as_agreed():
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    agreed = {
+        *("train.py", "app.py", "bootstrap.sh", "environment.yml", "Modelfile", "notebooks", "results", "tests"),
+        *("README.md", "pyproject.toml", "LICENSE", "hatespeech"),
+    }
+    assert {name.split("/")[0] for name in tracked.split()} - agreed <= {".gitignore", ".ci"}
+
+
+def test_code_is_clean():
+    for command in (["check"], ["format", "--check"]):
+        done = subprocess.run([sys.executable, "-m", "ruff", *command], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("name", ["exploration", "results"])
+def test_notebooks_run(name):
+    notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", 4)
+    assert any(cell.get("outputs") for cell in notebook.cells)  # stored as they ran
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(ROOT / "notebooks")}}).execute()
