@@ -7,6 +7,7 @@ import signal
 import socket
 import sqlite3
 import subprocess
+import sys
 import tarfile
 import threading
 import time
@@ -241,8 +242,9 @@ def without_ollama(scratch, tmp_path) -> str:
     names = (
         "bash sh env dirname cat awk sed grep df mkdir rm mv cp cksum sha256sum tail head seq sleep find tr tee chmod"
     )
-    for name in [*names.split(), "python3"]:
+    for name in names.split():
         (tools / name).symlink_to(shutil.which(name))
+    (tools / "python3").symlink_to(Path(sys.base_prefix, "bin", "python3"))
     return str(tools)
 
 

@@ -61,15 +61,22 @@ SOME = ("blk.0.attn_q.weight", "blk.7.attn_k.weight", "blk.29.ffn_down.weight")
 NORM = "blk.0.attn_norm.weight"
 
 
-def tensors(path) -> dict[str, np.ndarray]:
-    wanted = (t for t in gguf.GGUFReader(path).tensors if t.name.startswith((*SOME, NORM)))
-    return {t.name: gguf.dequantize(t.data, t.tensor_type) for t in wanted}
+@pytest.fixture(scope="module")
+def files(run, base_gguf) -> list[gguf.GGUFReader]:
+    """The base, the shipped adapter and what bootstrap.sh merges of them."""
+    return [gguf.GGUFReader(path) for path in (base_gguf, run / "adapter.gguf", run / "model.gguf")]
 
 
-def test_merged_weights_are_base_plus_update(run, base_gguf):
-    base, adapter, merged = (tensors(path) for path in (base_gguf, run / "adapter.gguf", run / "model.gguf"))
-    alpha = gguf.GGUFReader(run / "adapter.gguf").get_field("adapter.lora.alpha").contents()
-    assert base.keys() == merged.keys()
+def test_merged_weights_are_base_plus_update(files):
+    base, adapter, merged = (
+        {
+            tensor.name: gguf.dequantize(tensor.data, tensor.tensor_type)
+            for tensor in file.tensors
+            if tensor.name.startswith((*SOME, NORM))
+        }
+        for file in files
+    )
+    alpha = files[1].get_field("adapter.lora.alpha").contents()
     for name in SOME:
         a, b = adapter[f"{name}.lora_a"], adapter[f"{name}.lora_b"]
         expected = base[name] + alpha / a.shape[0] * b @ a
@@ -78,11 +85,12 @@ def test_merged_weights_are_base_plus_update(run, base_gguf):
     assert np.array_equal(merged[NORM], base[NORM])  # norms have no LoRA
 
 
-def test_merged_metadata_is_the_bases(run, base_gguf):
-    base, merged = gguf.GGUFReader(base_gguf), gguf.GGUFReader(run / "model.gguf")
+def test_merged_metadata_and_tensors_are_the_bases(files):
+    base, _, merged = files
     for name, entry in base.fields.items():
         if not name.startswith("GGUF.") and name != "general.file_type":
             assert all(map(np.array_equal, merged.get_field(name).parts, entry.parts)), name
+    assert [(t.name, t.shape.tolist()) for t in merged.tensors] == [(t.name, t.shape.tolist()) for t in base.tensors]
 
 
 def test_another_base_is_refused(run, base_gguf, tmp_path):
