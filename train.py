@@ -14,7 +14,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -98,6 +98,7 @@ def main(settings: Settings) -> None:
             record(work, splits, name, "torch", np.apply_along_axis(task.softmax, 1, logprobs))
         export.write_weights(classifier, settings.model, work)
         ollama.convert_merged(work)
+        bind_calibration(work)
     print(f"\n{(folder / 'report.txt').read_text()}\n{folder} is complete. Serve it: MODEL_DIR={folder} ./bootstrap.sh")
 
 
@@ -146,11 +147,11 @@ def provenance(settings: Settings, splits: dict, counts: dict, classifier, train
 def record(folder: Path, splits: dict, name: str, engine: str, probabilities: np.ndarray, **origin) -> None:
     """Add an engine's evaluation to the run's folder: calibration, metrics, report, confusion matrix, model card."""
     run = json.loads((folder / "settings.json").read_text())
-    part, labels, path = splits[name], splits[name]["label"], folder / "metrics.json"
+    part, scores, path = splits[name], splits[name]["score"].to_numpy(), folder / "metrics.json"
     if name == run["settings"]["calibrate_on"]:
-        fitted = calibration.fit(probabilities, labels, split=name, engine=engine, sha256=run["data"]["sha256"][name])
-        fitted.save(folder / "calibration.json")
-        calibrated = calibration.cross_fit(probabilities, labels)
+        fitted = calibration.fit(probabilities, scores, split=name, engine=engine, sha256=run["data"]["sha256"][name])
+        replace(fitted, model_sha256=origin.get("model_sha256")).save(folder / "calibration.json")
+        calibrated = calibration.cross_fit(probabilities, scores)
     else:
         calibrated = calibration.Calibration.load(folder / "calibration.json").apply(probabilities)
     metrics = json.loads(path.read_text()) if path.exists() else {}
@@ -164,6 +165,14 @@ def record(folder: Path, splits: dict, name: str, engine: str, probabilities: np
         title = f"{run_name}: {len(part)} test comments, {engine}"
         evaluation.plot_confusion(part, calibrated, title, folder / "confusion_matrix.png")
         (folder / "README.md").write_text(export.model_card(run_name, run, evaluation.table(metrics["test"])))
+
+
+def bind_calibration(folder: Path) -> None:
+    """Note which weights the calibration is for; without a model.gguf (no converter here) it stays for none."""
+    if (folder / "model.gguf").exists():
+        fitted = calibration.Calibration.load(folder / "calibration.json")
+        sha256 = export.sha256_of(folder / "model.gguf")
+        replace(fitted, model_sha256=sha256).save(folder / "calibration.json")
 
 
 def evaluate_as_served(folder: Path) -> None:
@@ -180,7 +189,7 @@ def evaluate_as_served(folder: Path) -> None:
             raise UserError(f"{settings.dataset} has changed since {folder} was trained: its {name} comments differ")
     server = ollama.Ollama(os.environ.get("OLLAMA_HOST", ""), ollama.model_name(folder), tuple(run["label_tokens"]))
     try:
-        origin = {"ollama": server.version(), "digest": server.digest()}
+        origin = {"ollama": server.version(), "digest": server.digest(), "model_sha256": server.weights_sha256()}
         texts = tqdm(splits["test"]["text"], desc="asking Ollama", unit="comment")
         probabilities = np.array([server.classify(text).probabilities for text in texts])
     except ollama.OllamaError as error:

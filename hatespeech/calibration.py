@@ -18,10 +18,19 @@ from hatespeech import task
 
 @dataclass(frozen=True)
 class Calibration:
-    """softmax(log(probabilities) / temperature + biases). fitted_on: which comments, for the reader."""
+    """softmax(log(probabilities) / temperature + biases), and what follows from them.
 
-    temperature: float = 1.0
-    biases: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    class_scores: the mean score of each class; an answer's expected score is their mean, weighted by its probabilities.
+    abstain_below: the confidence (the highest probability) under which a person should look.
+    model_sha256: of the GGUF it was fitted for; for another model it means nothing.
+    fitted_on: which comments, for the reader.
+    """
+
+    temperature: float
+    biases: tuple[float, float, float]
+    class_scores: tuple[float, float, float]
+    abstain_below: float
+    model_sha256: str | None = None
     fitted_on: dict = field(default_factory=dict)
 
     def apply(self, probabilities: np.ndarray | Sequence[float]) -> np.ndarray:
@@ -31,7 +40,8 @@ class Calibration:
     @property
     def version(self) -> str:
         """Changes with the numbers: an answer that carries it says which calibration it went through."""
-        return hashlib.sha256(json.dumps([self.temperature, *self.biases]).encode()).hexdigest()[:12]
+        numbers = [self.temperature, *self.biases, *self.class_scores, self.abstain_below]
+        return hashlib.sha256(json.dumps(numbers).encode()).hexdigest()[:12]
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self), indent=2) + "\n")
@@ -39,40 +49,61 @@ class Calibration:
     @classmethod
     def load(cls, path: Path) -> "Calibration":
         stored = json.loads(path.read_text())
-        return cls(stored["temperature"], tuple(stored["biases"]), stored["fitted_on"])
+        return cls(**stored | {name: tuple(stored[name]) for name in ("biases", "class_scores")})
 
 
-def fit(probabilities: np.ndarray, labels: Sequence[str], **fitted_on) -> Calibration:
-    """The calibration under which the labels are likeliest.
+# The share of the calibration comments that gets an answer without abstention: the surest four in five.
+COVERAGE = 0.8
 
-    probabilities: (n, 3), of comments the model was not trained on. A weak pull towards no change (worth one comment)
-    keeps it finite where a class is missing or the classes are perfectly told apart.
+
+def fit(probabilities: np.ndarray, scores: Sequence[float], **fitted_on) -> Calibration:
+    """The calibration under which the scores' labels are likeliest.
+
+    probabilities: (n, 3), of comments the model was not trained on; scores: (n,) their true scores, with every
+    class among them.
     """
+    scores = np.asarray(scores)
+    truth = _numbers(scores)
+    temperature, biases = _likeliest(probabilities, truth)
+    confidence = _softmax(_log(probabilities) / temperature + biases).max(axis=1)
+    return Calibration(
+        temperature=round(temperature, 4),
+        biases=tuple(np.round(biases, 4).tolist()),
+        class_scores=tuple(round(float(scores[truth == k].mean()), 4) for k in range(len(task.LABELS))),
+        abstain_below=round(float(np.quantile(confidence, 1 - COVERAGE)), 4),
+        fitted_on=fitted_on | {"comments": len(truth)},
+    )
+
+
+def cross_fit(probabilities: np.ndarray, scores: Sequence[float], folds: int = 10, seed: int = 0) -> np.ndarray:
+    """Calibrated probabilities, each by numbers fitted on the other folds: what may be reported as measured where
+    calibration and evaluation share their comments."""
+    truth, calibrated = _numbers(scores), np.empty_like(probabilities, dtype=float)
+    for fold in np.array_split(np.random.default_rng(seed).permutation(len(truth)), min(folds, len(truth))):
+        others = np.setdiff1d(np.arange(len(truth)), fold)
+        temperature, biases = _likeliest(probabilities[others], truth[others])
+        calibrated[fold] = _softmax(_log(probabilities[fold]) / temperature + biases)
+    return calibrated
+
+
+def _likeliest(probabilities: np.ndarray, truth: np.ndarray) -> tuple[float, np.ndarray]:
+    """Temperature and biases. A weak pull towards no change, worth one comment, keeps them finite where a class is
+    missing or the classes are perfectly told apart."""
     from scipy.optimize import minimize
 
-    log, truth = _log(probabilities), np.array([task.LABELS.index(label) for label in labels])
+    log = _log(probabilities)
 
     def loss(parameters: np.ndarray) -> float:
         slope, biases = parameters[0], parameters[1:]
         likelihood = _softmax(slope * log + biases)[np.arange(len(truth)), truth]
         return -np.log(likelihood).sum() + 0.5 * ((slope - 1) ** 2 + (biases**2).sum())
 
-    best = minimize(loss, [1.0, 0.0, 0.0, 0.0], bounds=[(0.05, 20.0)] + [(-10.0, 10.0)] * 3)
-    slope, *biases = best.x
-    biases = np.array(biases) - np.mean(biases)  # only differences count
-    return Calibration(
-        round(float(1 / slope), 4), tuple(np.round(biases, 4).tolist()), fitted_on | {"comments": len(truth)}
-    )
+    slope, *biases = minimize(loss, [1.0, 0.0, 0.0, 0.0], bounds=[(0.05, 20.0)] + [(-10.0, 10.0)] * 3).x
+    return float(1 / slope), np.array(biases) - np.mean(biases)  # only the biases' differences count
 
 
-def cross_fit(probabilities: np.ndarray, labels: Sequence[str], folds: int = 10, seed: int = 0) -> np.ndarray:
-    """Calibrated probabilities, each from a calibration fitted on the other folds: what may be reported as measured
-    where calibration and evaluation share their comments."""
-    labels, calibrated = np.asarray(labels), np.empty_like(probabilities, dtype=float)
-    for fold in np.array_split(np.random.default_rng(seed).permutation(len(labels)), min(folds, len(labels))):
-        others = np.setdiff1d(np.arange(len(labels)), fold)
-        calibrated[fold] = fit(probabilities[others], labels[others]).apply(probabilities[fold])
-    return calibrated
+def _numbers(scores: Sequence[float]) -> np.ndarray:
+    return np.array([task.LABELS.index(task.label_of(score)) for score in scores])
 
 
 def _log(probabilities) -> np.ndarray:

@@ -185,7 +185,9 @@ def merge(base: Path, adapter: Path, merged: Path) -> None:
     for tensor in tqdm(base_file.tensors, desc="merging", unit="tensor", mininterval=1.0):
         weight = gguf.dequantize(tensor.data, tensor.tensor_type)
         if f"{tensor.name}.lora_a" in lora:
-            a, b = lora[f"{tensor.name}.lora_a"], lora[f"{tensor.name}.lora_b"]
+            # In double precision, so that after rounding to F16 every machine gets the same file: calibration and log
+            # know the model by its sha256.
+            a, b = (lora[f"{tensor.name}.lora_{which}"].astype(np.float64) for which in "ab")
             weight = weight + (alpha / len(a)) * (b @ a)
         writer.add_tensor(tensor.name, weight.astype(np.float32 if weight.ndim == 1 else np.float16))
     writer.write_header_to_file()

@@ -170,6 +170,17 @@ class Ollama:
                 return model["digest"]
         raise OllamaError(f"Ollama at {self.url} has no model {self.model}: run ./bootstrap.sh")
 
+    def weights_sha256(self) -> str:
+        """The sha256 of the GGUF behind the model, which unlike the digest does not change with the Modelfile.
+
+        Raises OllamaError where the model is not there; BadAnswer where Ollama does not tell.
+        """
+        modelfile = self._call("POST", "/api/show", {"model": self.model}).get("modelfile", "")
+        found = re.search(r"^FROM .*sha256[-:]([0-9a-f]{64})\s*$", modelfile, re.MULTILINE)
+        if not found:
+            raise BadAnswer(f"Ollama does not tell the weights of {self.model}")
+        return found.group(1)
+
     def version(self) -> str:
         """The server's version. Raises OllamaError where it is too old to give log-probabilities."""
         version = str(self._call("GET", "/api/version").get("version", ""))
