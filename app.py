@@ -1,121 +1,357 @@
 """The service: a text in, its label out, every request in the log.
 
-./bootstrap.sh                                  # set up and serve; or, where all is set up:
-gunicorn --threads 8 'app:create_app()'
-curl localhost:5000/infer -d 'some text'
+    ./bootstrap.sh                                  # set up and serve; or, where all is set up:
+    gunicorn --threads 64 'app:create_app()'
+    curl localhost:5000/infer -d 'some text'
+    flask --app app --help                          # keys, feedback export, replay, purge
+
+A request to /infer goes: authorise() -> infer() -> Service.classify() in hatespeech/service.py -> here again.
 """
 
+import json
+import logging
 import os
+import re
 import time
 import traceback
+import uuid
+from collections.abc import Iterator
 from http import HTTPStatus
+from ipaddress import ip_address
 from pathlib import Path
 
-from flask import Flask, Response, json, request
+from flask import Flask, Response, g, request, stream_with_context
 from sqlalchemy.exc import SQLAlchemyError
-from werkzeug.exceptions import BadRequest, HTTPException
+from werkzeug.exceptions import BadRequest, Forbidden, HTTPException, NotFound, Unauthorized, UnsupportedMediaType
 
-from hatespeech import task
-from hatespeech.calibration import Calibration
-from hatespeech.ollama import Ollama, OllamaError, label_tokens, model_name
-from hatespeech.store import ANSWERED, FAILED, REFUSED, Store
+from hatespeech import UserError, commands, export, openapi, perspective, task
+from hatespeech.metrics import Metrics
+from hatespeech.ollama import Ollama, OllamaError, model_name
+from hatespeech.service import Answer, Busy, Gate, Service, status_of
+from hatespeech.store import Store
 
 ROOT = Path(__file__).parent
+DEFAULTS = {
+    "MODEL_DIR": str(ROOT / "results" / "smollm2-135m"),
+    "OLLAMA_HOST": "127.0.0.1:11434",
+    "OLLAMA_TIMEOUT_S": "10",
+    "DATABASE_URL": f"sqlite:///{ROOT / '.data' / 'requests.sqlite3'}",
+    "HOST": "127.0.0.1",  # where it listens: off loopback it asks for API keys
+    "REQUIRE_API_KEY": "",  # set it where a proxy on this machine serves others
+    "MAX_IN_FLIGHT": "4",  # requests at Ollama at a time
+    "MAX_QUEUE": "32",  # requests waiting for that
+    "LOG_TEXT": "full",
+    "LOG_HASH_KEY": "",
+}
 
 
 def create_app(config: dict | None = None) -> Flask:
-    """The Flask app. config overrides the environment: MODEL_DIR, OLLAMA_HOST, OLLAMA_TIMEOUT_S, DATABASE_URL."""
+    """The Flask app. Settings are DEFAULTS, overridden by the environment, overridden by config."""
     app = Flask(__name__, static_folder=None)
-    app.config.from_mapping(
-        MODEL_DIR=os.environ.get("MODEL_DIR", str(ROOT / "results" / "smollm2-135m")),
-        OLLAMA_HOST=os.environ.get("OLLAMA_HOST", "127.0.0.1:11434"),
-        OLLAMA_TIMEOUT_S=float(os.environ.get("OLLAMA_TIMEOUT_S", "10")),
-        DATABASE_URL=os.environ.get("DATABASE_URL", f"sqlite:///{ROOT / '.data' / 'requests.sqlite3'}"),
-        MAX_CONTENT_LENGTH=1024 * 1024,
-    )
-    app.config.from_mapping(config or {})
-    run = Path(app.config["MODEL_DIR"])
-    ollama = Ollama(app.config["OLLAMA_HOST"], model_name(run), label_tokens(run), app.config["OLLAMA_TIMEOUT_S"])
-    path = run / "calibration.json"
-    calibration = Calibration.load(path) if path.exists() else None
-    store = Store(app.config["DATABASE_URL"])
+    app.config |= {name: os.environ.get(name, default) for name, default in DEFAULTS.items()}
+    app.config |= {"MAX_CONTENT_LENGTH": 1024 * 1024} | (config or {})
+    timeout_s, run = float(app.config["OLLAMA_TIMEOUT_S"]), Path(app.config["MODEL_DIR"])
+    run_settings = export.read_settings(run)
+    store = Store(app.config["DATABASE_URL"], app.config["LOG_TEXT"], app.config["LOG_HASH_KEY"])
+    ollama = Ollama(app.config["OLLAMA_HOST"], model_name(run), tuple(run_settings["label_tokens"]), timeout_s)
+    gate = Gate(int(app.config["MAX_IN_FLIGHT"]), int(app.config["MAX_QUEUE"]), timeout_s)
+    service = Service(run, ollama, store, gate, tuple(run_settings["class_scores"]))
+    metrics = Metrics(gate)
+    commands.register(app, store)
+    require_keys_off_loopback(app, store)
+
+    @app.before_request
+    def begin() -> None:
+        g.started, offered = time.perf_counter(), request.headers.get("X-Request-Id", "")
+        g.request_id = offered if re.fullmatch(r"[\w.:-]{1,64}", offered, re.ASCII) else uuid.uuid4().hex
+        g.api_key = None
+
+    @app.after_request
+    def end(response: Response) -> Response:
+        response.headers |= {
+            "X-Request-Id": g.request_id,
+            "X-Content-Type-Options": "nosniff",
+            "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+            "Cache-Control": "no-store",
+            "Referrer-Policy": "no-referrer",
+        }
+        duration_s = time.perf_counter() - g.started
+        metrics.request(request.url_rule.rule if request.url_rule else "none", response.status_code, duration_s)
+        line = {"request_id": g.request_id, "method": request.method, "path": request.path, "api_key": g.api_key}
+        line |= {"status": response.status_code, "duration_ms": round(duration_s * 1000, 1)}
+        logging.getLogger("hatespeech.access").info(json.dumps(line))
+        return response
+
+    def authorise(scope: str) -> None:
+        """Demand a key with this scope of everyone who is not on this machine."""
+        offered = request.headers.get("Authorization", "").removeprefix("Bearer ") or request.args.get("key", "")
+        if not offered and not app.config["REQUIRE_API_KEY"] and is_loopback(request.remote_addr or ""):
+            return
+        entry = store.key_named(offered) if offered else None
+        if entry is None:
+            raise Unauthorized("an API key is needed: Authorization: Bearer KEY", www_authenticate=None)
+        if scope not in entry.scopes.split():
+            raise Forbidden(f"the key {entry.name} lacks the scope {scope}")
+        g.api_key = entry.name
+
+    def body_read() -> bytes:
+        """The request's body; one that can't be read is logged as refused."""
+        try:
+            return request.get_data()
+        except HTTPException as error:
+            service.refuse(None, error.code, error.name, route=request.path, api_key=g.api_key)
+            raise
+
+    def refused(body: bytes, reason: str) -> BadRequest:
+        service.refuse(body, 400, reason, route=request.path, api_key=g.api_key)
+        return BadRequest(reason)
+
+    def classified(body: bytes, patient: bool = False) -> Answer:
+        try:
+            answer = service.classify(body, route=request.path, api_key=g.api_key, patient=patient)
+        except OllamaError as error:
+            metrics.ollama_error(type(error).__name__)
+            raise
+        metrics.answer(answer.label, answer.abstain)
+        return answer
 
     @app.post("/infer")
     def infer() -> Response:
-        """The request's body, whatever its Content-Type, is the text; the answer is its label."""
-        started = time.perf_counter()
+        """Classify one text.
+        ---
+        post:
+          summary: Classify one text
+          description: |
+            The body is the text, whatever its Content-Type; or {"text": "..."} as application/json. The answer is the
+            bare label, or JSON if the body was JSON or Accept asks for it.
+          requestBody:
+            required: true
+            content:
+              text/plain: {schema: {type: string, minLength: 1}}
+              application/json: {schema: {$ref: '#/components/schemas/Text'}}
+          responses:
+            200:
+              description: the label
+              headers: {X-Answer-Id: {schema: {type: string}, description: "for /feedback"}}
+              content:
+                text/plain: {schema: {type: string, enum: [Hate, Neutral, Supportive]}}
+                application/json: {schema: {$ref: '#/components/schemas/Answer'}}
+            default: {$ref: '#/components/responses/Problem'}
+        """
+        authorise("infer")
+        body = body_read()
+        if request.mimetype_params.get("charset", "utf-8").lower() not in ("utf-8", "utf8"):
+            raise UnsupportedMediaType("texts are UTF-8")
+        wants_json = request.accept_mimetypes.best_match(["text/plain", "application/json"]) == "application/json"
+        text, is_json = body, False
+        if request.mimetype == "application/json":
+            value = parsed(body)
+            is_json = isinstance(value, dict) and "text" in value
+            if is_json and (reason := flaw_of(value)):
+                raise refused(body, reason)
+            if not is_json and wants_json:
+                raise refused(body, 'the body is not {"text": "..."}')
+            if is_json:
+                text = value["text"].encode()
+        answer = classified(text)
+        if is_json or wants_json:
+            return as_json(answer.as_json(), {"X-Answer-Id": answer.id})
+        return Response(answer.label, mimetype="text/plain", headers={"X-Answer-Id": answer.id})
 
-        def finish(request_id: str, **outcome) -> None:
-            duration_ms = (time.perf_counter() - started) * 1000
-            store.finished(request_id, duration_ms=duration_ms, **outcome)
+    @app.post("/infer/batch")
+    def infer_batch() -> Response:
+        """Classify many texts.
+        ---
+        post:
+          summary: Classify many texts
+          description: |
+            A JSON list, or NDJSON, of strings or {"text": "..."}. Answers are NDJSON in the same order, sent as they
+            come; one that fails is a problem in its place, with a status of its own.
+          requestBody:
+            required: true
+            content:
+              application/json:
+                schema: {type: array, items: {anyOf: [{type: string}, {$ref: '#/components/schemas/Text'}]}}
+              application/x-ndjson: {schema: {type: string}}
+          responses:
+            200:
+              description: a line of JSON for each text, an Answer or a Problem
+              content: {application/x-ndjson: {schema: {type: string}}}
+            default: {$ref: '#/components/responses/Problem'}
+        """
+        authorise("infer")
+        body = body_read()
+        items = parsed(body) if request.mimetype == "application/json" else [parsed(line) for line in body.splitlines()]
+        if not isinstance(items, list):
+            raise refused(body, "the body is neither a JSON list nor NDJSON (Content-Type: application/x-ndjson)")
 
+        def lines() -> Iterator[str]:
+            for item in items:
+                item = {"text": item} if isinstance(item, str) else item
+                try:
+                    if reason := flaw_of(item):
+                        raise refused(json.dumps(item).encode(), reason)
+                    yield json.dumps(classified(item["text"].encode(), patient=True).as_json()) + "\n"
+                except (HTTPException, OllamaError, Busy, SQLAlchemyError) as error:
+                    yield json.dumps(problem_of(*status_of(error))) + "\n"
+
+        return Response(stream_with_context(lines()), mimetype="application/x-ndjson")
+
+    @app.post("/v1alpha1/comments:analyze")
+    def analyze() -> Response:
+        """Perspective API's method.
+        ---
+        post:
+          summary: Classify as Perspective API's comments:analyze does
+          description: IDENTITY_ATTACK is P(Hate); TOXICITY is P(Hate) + P(Neutral) / 2, a proxy. There is no other.
+          requestBody:
+            required: true
+            content: {application/json: {schema: {type: object}}}
+          responses:
+            200: {description: attribute scores, content: {application/json: {schema: {type: object}}}}
+            default: {description: an error as Google words it, content: {application/json: {schema: {type: object}}}}
+        """
+        authorise("infer")
+        body = body_read()
+        value = parsed(body)
         try:
-            body = request.get_data()
-        except HTTPException as error:  # too large, or broken off: there is no text to keep, but it was a request
-            finish(store.received(None, ollama.model), status=REFUSED, http_status=error.code, error=error.name)
-            raise
-        request_id = store.received(body, ollama.model)
-        try:
-            text = text_of(body)
-            digest = ollama.digest()
-            probabilities = ollama.classify(text).probabilities
-            if calibration:
-                probabilities = tuple(calibration.apply(probabilities).tolist())
-        except Exception as error:
-            problem = error if isinstance(error, HTTPException) else None
-            status = problem.code if problem else getattr(error, "status", HTTPStatus.INTERNAL_SERVER_ERROR)
-            reason = problem.description if problem else str(error)
-            finish(request_id, status=REFUSED if status < 500 else FAILED, http_status=int(status), error=reason)
-            raise
-        finish(
-            request_id,
-            status=ANSWERED,
-            http_status=HTTPStatus.OK,
-            probabilities=probabilities,
-            model_digest=digest,
-            calibration=calibration and calibration.version,
-        )
-        return Response(task.decide(probabilities), mimetype="text/plain", headers={"X-Request-Id": request_id})
+            text, requested = perspective.parse(value)
+            if reason := flaw_of({"text": text}):
+                raise perspective.Refused(reason)
+        except perspective.Refused as error:
+            service.refuse(body, 400, str(error), route=request.path, api_key=g.api_key)
+            return as_json(perspective.error(str(error)), status=400)
+        answer = classified(text.encode())
+        return as_json(perspective.response(answer, text, requested, value.get("clientToken")))
+
+    @app.get("/$discovery/rest")
+    def discovery() -> Response:
+        return as_json(perspective.discovery(request.url_root))
+
+    @app.post("/feedback")
+    def feedback() -> Response:
+        """Say what an answer should have been.
+        ---
+        post:
+          summary: Say what an answer should have been
+          description: Kept beside the request; earlier feedback stays. The newest is exported for training.
+          requestBody:
+            required: true
+            content: {application/json: {schema: {$ref: '#/components/schemas/Feedback'}}}
+          responses:
+            204: {description: kept}
+            default: {$ref: '#/components/responses/Problem'}
+        """
+        authorise("infer")
+        value = parsed(body_read())
+        if reason := openapi.flaw("Feedback", value):
+            raise BadRequest(reason)
+        label, score = value.get("label"), value.get("score")
+        if label and score is not None and task.label_of(score) != label:
+            raise BadRequest(f"a score of {score:g} is {task.label_of(score)}, not {label}")
+        if not store.add_feedback(value["id"], label, score, value.get("note"), g.api_key):
+            raise NotFound("no request has this id")
+        return Response(status=204)
 
     @app.get("/healthcheck")
     def healthcheck() -> Response:
-        """200 where a text could be classified and logged now; else the error handlers answer 503."""
-        store.check()
-        ollama.version()
-        ollama.digest()
+        """Can a text be classified and logged now?
+        ---
+        get:
+          summary: Can a text be classified and logged now?
+          responses:
+            200:
+              description: yes
+              content:
+                text/plain: {schema: {type: string, enum: [OK]}}
+                application/json: {schema: {type: object}}
+            default: {$ref: '#/components/responses/Problem'}
+        """
+        health = service.health()
+        if request.accept_mimetypes.best_match(["text/plain", "application/json"]) == "application/json":
+            return as_json(health)
         return Response("OK", mimetype="text/plain")
 
-    app.register_error_handler(HTTPException, lambda error: problem(error.code, error.description))
-    app.register_error_handler(OllamaError, lambda error: problem(error.status, str(error)))
+    @app.get("/metrics")
+    def prometheus() -> Response:
+        """Prometheus metrics.
+        ---
+        get:
+          summary: Prometheus metrics
+          responses:
+            200: {description: counters and histograms, content: {text/plain: {schema: {type: string}}}}
+            default: {$ref: '#/components/responses/Problem'}
+        """
+        authorise("read")
+        return Response(metrics.exposition(), mimetype="text/plain")
 
-    @app.errorhandler(SQLAlchemyError)
-    def unlogged(error: SQLAlchemyError) -> Response:
-        app.logger.error("the log can't be written: %s", type(error).__name__)  # str(error) would hold the text
-        return problem(503, "the request log can't be written, and nothing is answered unlogged")
+    @app.get("/openapi.json")
+    def specification() -> Response:
+        return as_json(openapi.specification(app))
 
     @app.errorhandler(Exception)
-    def unexpected(error: Exception) -> Response:
-        where = "".join(traceback.format_tb(error.__traceback__))  # without the message, which might hold the text
-        app.logger.error("unexpected %s\n%s", type(error).__name__, where)
-        return problem(500, "an unexpected error; the service's own log has it")
+    def answer_error(error: Exception) -> Response:
+        status, detail = status_of(error)
+        headers = {}
+        if isinstance(error, SQLAlchemyError):
+            app.logger.error("the log can't be written: %s", type(error).__name__)  # str(error) would hold the text
+            status, detail = 503, "the request log can't be written, and nothing is answered unlogged"
+        elif status == HTTPStatus.INTERNAL_SERVER_ERROR:
+            where = "".join(traceback.format_tb(error.__traceback__))  # without the message, which might hold the text
+            app.logger.error("unexpected %s\n%s", type(error).__name__, where)
+        if isinstance(error, Busy):
+            headers["Retry-After"] = str(error.retry_after_s)
+        if isinstance(error, Unauthorized):
+            headers["WWW-Authenticate"] = "Bearer"
+        if isinstance(error, HTTPException) and error.code == 405:
+            headers["Allow"] = ", ".join(sorted(error.valid_methods or []))
+        if request.path == "/v1alpha1/comments:analyze":
+            return as_json(perspective.error(detail, status, HTTPStatus(status).name), headers, status)
+        return as_json(problem_of(status, detail), headers, status, "application/problem+json")
 
     return app
 
 
-def text_of(body: bytes) -> str:
-    """The text in a request's body. Raises BadRequest where there is none."""
+def parsed(body: bytes) -> object:
+    """The JSON value of a body; None where it is none."""
     try:
-        text = body.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise BadRequest(f"the body is not UTF-8 (byte {error.start})") from error
-    if not text.strip():
-        raise BadRequest("the body holds no text: curl localhost:5000/infer -d 'some text'")
-    if "\0" in text:
-        raise BadRequest(f"the text holds a NUL character (at {text.index(chr(0))}), where Ollama would end it")
-    return text
+        return json.loads(body)
+    except (ValueError, RecursionError):
+        return None
 
 
-def problem(status: int, detail: str | None) -> Response:
+def flaw_of(value: object) -> str | None:
+    """What keeps a JSON value from being a Text."""
+    if reason := openapi.flaw("Text", value):
+        return reason
+    try:
+        value["text"].encode()
+    except UnicodeEncodeError as error:
+        return f"the text holds a lone surrogate (at {error.start}), which is no character"
+    return None
+
+
+def as_json(value: object, headers: dict | None = None, status: int = 200, mimetype="application/json") -> Response:
+    return Response(json.dumps(value), status, headers, mimetype=mimetype)
+
+
+def problem_of(status: int, detail: str | None) -> dict:
     """Problem details for HTTP APIs, RFC 9457."""
-    body = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, "detail": detail}
-    return Response(json.dumps(body), status, mimetype="application/problem+json")
+    return {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": int(status), "detail": detail}
+
+
+def is_loopback(address: str) -> bool:
+    try:
+        return address == "localhost" or ip_address(address).is_loopback
+    except ValueError:
+        return False
+
+
+def require_keys_off_loopback(app: Flask, store: Store) -> None:
+    """Refuse to start where others could reach a service that nobody has a key for."""
+    open_to_others = not is_loopback(app.config["HOST"]) or app.config["REQUIRE_API_KEY"]
+    if open_to_others and not store.api_keys():
+        raise UserError(
+            f"HOST={app.config['HOST']} is open to others, and there is no API key yet. "
+            "Make one: flask --app app keys create NAME --scopes infer,read"
+        )

@@ -56,6 +56,15 @@ def run_folder(folder: Path) -> Iterator[Path]:
         work.rename(folder)
 
 
+def read_settings(run: Path) -> dict:
+    """A run's settings.json: its base, label_tokens, class_scores and how it was made. UserError where it is no run."""
+    try:
+        settings = json.loads((run / "settings.json").read_text())
+        return settings | {name: settings[name] for name in ("base", "label_tokens", "class_scores")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{run} is no finished run: its settings.json can't be used ({error!r})") from error
+
+
 def write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
@@ -68,22 +77,54 @@ def sha256_of(path: Path) -> str:
 def write_weights(classifier, base: str, folder: Path) -> None:
     """The trained LoRA as `adapter/` (PEFT), `adapter.gguf`, merged weights and the Modelfile that serves them.
 
-    A .gguf base gives `model.gguf` (F16). Others give `merged/`, 16-bit safetensors, which Ollama converts itself.
+    A .gguf base gives `model.gguf` (F16). Others give `merged/`, 16-bit safetensors, for Ollama's converter.
     The classifier is spent: merging changes its weights.
     """
     model = classifier.model
     model.save_pretrained(folder / "adapter")
     (folder / "Modelfile").write_text(MODELFILE)
-    if base.endswith(".gguf"):
+    if model.config.model_type in _ROTARY_INTERLEAVED:
         write_adapter(model, folder / "adapter.gguf")
+    elif base.endswith(".gguf"):
+        raise UserError(
+            f"a {model.config.model_type} adapter can't be merged into a .gguf: give the base as a directory"
+        )
+    if base.endswith(".gguf"):
         merge(Path(base), folder / "adapter.gguf", folder / "model.gguf")
-    elif hasattr(model, "save_pretrained_merged"):  # unsloth
+        return
+    if hasattr(model, "save_pretrained_merged"):  # unsloth
         model.save_pretrained_merged(str(folder / "merged"), classifier.tokenizer, save_method="merged_16bit")
     else:
         import torch
 
         model.merge_and_unload().to(torch.bfloat16).save_pretrained(folder / "merged")
         classifier.tokenizer.save_pretrained(folder / "merged")
+    # transformers 5 moved rope_theta; Ollama's converter (0.24) looks where it was, and takes 10000 if it isn't there.
+    path = folder / "merged" / "config.json"
+    config = json.loads(path.read_text())
+    write_json(path, (config.get("rope_parameters") or {}) | config)
+
+
+def name_pretokenizer(gguf_path: Path, tokenizer) -> None:
+    """Where Ollama's converter did not know a tokenizer's way to split words and wrote `default`, write what it is.
+
+    Known here: digits one by one (SmolLM's), and GPT-2's own. Others stay; check_served tells if that was wrong.
+    """
+
+    file = _read(gguf_path)
+    entry = file.get_field("tokenizer.ggml.pre")
+    if entry is None or entry.contents() != "default":
+        return
+    splitter = json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"] or {}
+    kinds = [part["type"] for part in splitter.get("pretokenizers", [splitter])]
+    name = {("Digits", "ByteLevel"): "smollm", ("ByteLevel",): "gpt-2"}.get(tuple(kinds))
+    if name is None:
+        return
+    part = gguf_path.with_name(gguf_path.name + ".part")
+    writer = _start(part, file, {"tokenizer.ggml.pre": name})
+    for tensor in file.tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    _finish(writer, part, gguf_path)
 
 
 def model_card(name: str, run: dict, table: str) -> str:
@@ -140,7 +181,8 @@ def write_adapter(model, path: Path) -> None:
     arch = _ROTARY_INTERLEAVED[model_type]
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    writer = gguf.GGUFWriter(path, arch)
+    part = path.with_name(path.name + ".part")
+    writer = gguf.GGUFWriter(part, arch)
     writer.add_type("adapter")
     writer.add_string("adapter.type", "lora")
     writer.add_float32("adapter.lora.alpha", float(lora.lora_alpha))
@@ -153,10 +195,7 @@ def write_adapter(model, path: Path) -> None:
         if name is None:
             raise UserError(f"no GGUF name is known for the adapted layer {module}")
         writer.add_tensor(f"{name}.weight.lora_{which.lower()}", np.ascontiguousarray(values, dtype=np.float16))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    _finish(writer, part, path)
 
 
 def merge(base: Path, adapter: Path, merged: Path) -> None:
@@ -175,13 +214,7 @@ def merge(base: Path, adapter: Path, merged: Path) -> None:
         raise UserError(f"{adapter} does not belong to {base}: the base has no {', '.join(sorted(unknown)[:3])}")
 
     part = merged.with_name(merged.name + ".part")
-    writer = gguf.GGUFWriter(part, base_file.get_field("general.architecture").contents())
-    for name, entry in base_file.fields.items():
-        if name.startswith("GGUF.") or name in ("general.architecture", "general.file_type"):
-            continue
-        kind, *inner = entry.types
-        writer.add_key_value(name, entry.contents(), kind, inner[-1] if inner else None)
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
+    writer = _start(part, base_file, {"general.file_type": int(gguf.LlamaFileType.MOSTLY_F16)})
     for tensor in tqdm(base_file.tensors, desc="merging", unit="tensor", mininterval=1.0):
         weight = gguf.dequantize(tensor.data, tensor.tensor_type)
         if f"{tensor.name}.lora_a" in lora:
@@ -190,11 +223,28 @@ def merge(base: Path, adapter: Path, merged: Path) -> None:
             a, b = (lora[f"{tensor.name}.lora_{which}"].astype(np.float64) for which in "ab")
             weight = weight + (alpha / len(a)) * (b @ a)
         writer.add_tensor(tensor.name, weight.astype(np.float32 if weight.ndim == 1 else np.float16))
+    _finish(writer, part, merged)
+
+
+def _start(path: Path, like, changes: dict[str, object]):
+    """A GGUF writer with the metadata of another file, some of it changed."""
+    import gguf
+
+    writer = gguf.GGUFWriter(path, like.get_field("general.architecture").contents())
+    for name, entry in like.fields.items():
+        if not name.startswith("GGUF.") and name != "general.architecture":
+            kind, *inner = entry.types
+            value = changes[name] if name in changes else entry.contents()
+            writer.add_key_value(name, value, kind, inner[-1] if inner else None)
+    return writer
+
+
+def _finish(writer, part: Path, path: Path) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    os.replace(part, merged)
+    os.replace(part, path)
 
 
 def _read(path: Path):
@@ -211,10 +261,7 @@ def complete(run: Path, base: Path | None) -> None:
     merged = run / "model.gguf"
     if merged.exists() or (run / "merged").exists():
         return
-    try:
-        expected = json.loads((run / "settings.json").read_text())["base"]
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{run} is no finished run: no settings.json that names its base ({error!r})") from error
+    expected = read_settings(run)["base"]
     if base is None:
         raise UserError(f"{run} holds no model.gguf: give the base it was trained on, {expected['name']}, with --base")
     if (found := sha256_of(base)) != expected["sha256"]:

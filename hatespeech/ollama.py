@@ -3,7 +3,6 @@
 https://docs.ollama.com/api/generate; log-probabilities need Ollama 0.12.11 or later.
 """
 
-import json
 import os
 import re
 import shutil
@@ -12,6 +11,8 @@ import subprocess
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,54 +60,61 @@ def model_name(run: Path) -> str:
     return "hatespeech-" + re.sub(r"[^a-z0-9._-]+", "-", run.resolve().name.lower())
 
 
-def label_tokens(run: Path) -> tuple[str, ...]:
-    """The first token of each label in this run's tokenizer. Raises UserError where the folder is no finished run."""
-    try:
-        return tuple(json.loads((run / "settings.json").read_text())["label_tokens"])
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{run} is no finished run: settings.json gives no label_tokens ({error!r})") from error
+@contextmanager
+def private_server(scratch: Path) -> Iterator[str]:
+    """An Ollama for a moment, as host:port: on a free port, with a model store in scratch that goes with it.
 
-
-def convert_merged(run: Path) -> None:
-    """Let Ollama's own converter make `model.gguf` (F16) of a run's `merged/` safetensors, which are then removed.
-
-    Uses a server of its own, on a free port with a store of its own, gone afterwards. Where there is no `ollama`
-    command, `merged/` stays and the Modelfile names it: Ollama converts it when the model is created.
+    Raises UserError where there is no `ollama` command or it does not start.
     """
-    merged, modelfile = run / "merged", run / "Modelfile"
-    if not merged.exists():
-        return
-    modelfile.write_text(modelfile.read_text().replace("FROM ./model.gguf", "FROM ./merged"))
-    command = shutil.which("ollama")
-    if command is None:
-        print(
-            f"no `ollama` command here: {merged} stays as 16-bit safetensors, and Ollama converts it when it is served"
+    if shutil.which("ollama") is None:
+        raise UserError("there is no `ollama` command on the PATH")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        host = f"127.0.0.1:{probe.getsockname()[1]}"
+    with tempfile.TemporaryDirectory(dir=scratch, prefix=".ollama-") as store:
+        environment = os.environ | {"OLLAMA_HOST": host, "OLLAMA_MODELS": store}
+        server = subprocess.Popen(
+            ["ollama", "serve"], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
-        return
-    print("converting the merged weights to GGUF with Ollama's own converter")
-    with socket.socket() as free, tempfile.TemporaryDirectory(dir=run) as store:
-        free.bind(("127.0.0.1", 0))
-        environment = os.environ | {"OLLAMA_HOST": f"127.0.0.1:{free.getsockname()[1]}", "OLLAMA_MODELS": store}
-        free.close()
-        quiet = {"env": environment, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        server = subprocess.Popen([command, "serve"], **quiet)
         try:
-            retry = requests.adapters.Retry(connect=50, backoff_factor=0.1, backoff_max=0.2)
-            session = requests.Session()
-            session.mount("http://", requests.adapters.HTTPAdapter(max_retries=retry))
-            session.get(base_url(environment["OLLAMA_HOST"]) + "/api/version", timeout=5)
-            subprocess.run([command, "create", "converted", "-f", str(modelfile)], check=True, **quiet)
-            manifest = json.loads(next(Path(store).glob("manifests/**/converted/latest")).read_text())
-            layer = next(layer for layer in manifest["layers"] if layer["mediaType"].endswith("image.model"))
-            blob = Path(store, "blobs", layer["digest"].replace(":", "-"))
-            blob.rename(run / "model.gguf")
-        except (requests.RequestException, subprocess.CalledProcessError) as error:
-            raise UserError(f"Ollama could not convert {merged} to GGUF ({error})") from error
+            for _ in range(100):
+                try:
+                    Ollama(host, "none", ()).version()
+                    break
+                except OllamaError:
+                    time.sleep(0.1)
+            else:
+                raise UserError("`ollama serve` does not answer")
+            yield host
         finally:
             server.terminate()
             server.wait()
-    shutil.rmtree(merged)
-    modelfile.write_text(modelfile.read_text().replace("FROM ./merged", "FROM ./model.gguf"))
+
+
+def create(host: str, model: str, run: Path) -> None:
+    """Give a run's folder to Ollama, as its Modelfile says. Raises UserError with Ollama's own words."""
+    command = ["ollama", "create", model, "-f", str(run / "Modelfile")]
+    done = subprocess.run(command, env=os.environ | {"OLLAMA_HOST": host}, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"ollama create {model}: {done.stderr.strip()[-300:]}")
+
+
+def convert_merged(run: Path) -> None:
+    """Let Ollama's own converter make `model.gguf` of a run's `merged/` safetensors, which are then removed.
+
+    Raises UserError where there is no `ollama` command, or it can't convert this architecture.
+    """
+    modelfile = run / "Modelfile"
+    ours = modelfile.read_text()
+    try:
+        modelfile.write_text(ours.replace("FROM ./model.gguf", "FROM ./merged"))
+        with private_server(run) as host:
+            create(host, "converted", run)
+            blob = Ollama(host, "converted", ()).weights_path()
+            shutil.move(blob, run / "model.gguf")
+    finally:
+        modelfile.write_text(ours)
+    shutil.rmtree(run / "merged")
 
 
 class Ollama:
@@ -175,11 +183,15 @@ class Ollama:
 
         Raises OllamaError where the model is not there; BadAnswer where Ollama does not tell.
         """
+        return self.weights_path().name.removeprefix("sha256-")
+
+    def weights_path(self) -> Path:
+        """Where Ollama, on its own machine, keeps the model's GGUF."""
         modelfile = self._call("POST", "/api/show", {"model": self.model}).get("modelfile", "")
-        found = re.search(r"^FROM .*sha256[-:]([0-9a-f]{64})\s*$", modelfile, re.MULTILINE)
+        found = re.search(r"^FROM (.*sha256-[0-9a-f]{64})\s*$", modelfile, re.MULTILINE)
         if not found:
             raise BadAnswer(f"Ollama does not tell the weights of {self.model}")
-        return found.group(1)
+        return Path(found.group(1))
 
     def version(self) -> str:
         """The server's version. Raises OllamaError where it is too old to give log-probabilities."""

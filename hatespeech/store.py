@@ -1,21 +1,28 @@
-"""The log: one row a request, committed before Ollama is called and again before the answer leaves.
+"""The log, feedback and API keys. SQLAlchemy 2 models and queries; the only module that knows SQL.
 
-SQLAlchemy 2 models and queries; the only module that knows SQL.
+A request is committed before Ollama is called and again before the answer leaves. SQLite by default, PostgreSQL by
+its URL; several processes may share one database. Alembic brings an older database up to date at start.
 """
 
 import hashlib
+import hmac
+import os
+import secrets
+import socket
 import uuid
-from collections.abc import Sequence
-from datetime import UTC, datetime
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from sqlalchemy import create_engine, event, select
-from sqlalchemy.engine import make_url
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+from sqlalchemy import ForeignKey, create_engine, delete, event, func, inspect, select, text, update
+from sqlalchemy.engine import Engine, make_url
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship
 
-from hatespeech import task
+from hatespeech import UserError, task
 
-RECEIVED, ANSWERED, REFUSED, FAILED = "received", "answered", "refused", "failed"
+RECEIVED, ANSWERED, REFUSED, FAILED, INTERRUPTED = "received", "answered", "refused", "failed", "interrupted"
+# Longer than any request can take: what another machine's process has left `received` for so long was interrupted.
+_ABANDONED = timedelta(hours=1)
 
 
 class Base(DeclarativeBase):
@@ -23,10 +30,11 @@ class Base(DeclarativeBase):
 
 
 class Request(Base):
-    """A request to /infer. Times are UTC without a zone, since SQLite keeps none.
+    """A text to be classified. Times are UTC without a zone, since SQLite keeps none.
 
-    status: received (Ollama is being asked, or the service died asking) -> answered, refused (the request's fault)
-    or failed (ours or Ollama's). text is what came, undecodable bytes as \\xNN; null if the body was too large to read.
+    status: received (Ollama is being asked) -> answered, refused (the request's fault), failed (ours or Ollama's) or
+    interrupted (the process died asking). text is what came, undecodable bytes as \\xNN; null if too large to read, or
+    if LOG_TEXT says so. text_sha256 is the sha256 of its bytes, with LOG_TEXT=hash an HMAC-SHA256.
     """
 
     __tablename__ = "requests"
@@ -36,47 +44,103 @@ class Request(Base):
     finished_at: Mapped[datetime | None]
     status: Mapped[str] = mapped_column(index=True)
     http_status: Mapped[int | None]
+    route: Mapped[str | None]
+    api_key: Mapped[str | None]
+    process: Mapped[str | None]
     text: Mapped[str | None]
     text_sha256: Mapped[str | None]
     label: Mapped[str | None]
     p_hate: Mapped[float | None]
     p_neutral: Mapped[float | None]
     p_supportive: Mapped[float | None]
+    score: Mapped[float | None]
+    abstain: Mapped[bool | None]
     duration_ms: Mapped[float | None]
     error: Mapped[str | None]
     model: Mapped[str]
     model_digest: Mapped[str | None]
     prompt_version: Mapped[str]
     calibration: Mapped[str | None]
+    feedback: Mapped[list["Feedback"]] = relationship(order_by="Feedback.id")
+
+
+class Feedback(Base):
+    """What a person says of an answer. Never overwritten: the newest counts."""
+
+    __tablename__ = "feedback"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    request_id: Mapped[str] = mapped_column(ForeignKey("requests.id"), index=True)
+    received_at: Mapped[datetime]
+    label: Mapped[str | None]
+    score: Mapped[float | None]
+    note: Mapped[str | None]
+    api_key: Mapped[str | None]
+
+
+class ApiKey(Base):
+    """Who may ask from elsewhere. The key itself is shown once and kept as its sha256."""
+
+    __tablename__ = "api_keys"
+
+    name: Mapped[str] = mapped_column(primary_key=True)
+    sha256: Mapped[str]
+    scopes: Mapped[str]
+    created_at: Mapped[datetime]
 
 
 class Store:
-    """The database behind a URL such as sqlite:////var/lib/hatespeech/requests.sqlite3. Threads may share it."""
+    """The database behind a URL: sqlite:////var/lib/hatespeech/requests.sqlite3, postgresql+psycopg://host/name.
 
-    def __init__(self, url: str):
-        self.url = make_url(url)
-        if self.url.get_backend_name() == "sqlite" and self.url.database:
-            Path(self.url.database).parent.mkdir(parents=True, exist_ok=True)
-        self.engine = create_engine(self.url)
-        if self.url.get_backend_name() == "sqlite":
+    Threads may share it. log_text: full | hash | none, what is kept of a text; hash_key: the HMAC's, for hash.
+    Raises UserError for settings that contradict, SQLAlchemyError where the database can't be opened.
+    """
+
+    def __init__(self, url: str, log_text: str = "full", hash_key: str = ""):
+        if log_text not in ("full", "hash", "none"):
+            raise UserError(f"LOG_TEXT is full, hash or none, not {log_text!r}")
+        if log_text == "hash" and not hash_key:
+            raise UserError("LOG_TEXT=hash needs a secret in LOG_HASH_KEY, or anyone could guess texts by their hash")
+        self.log_text, self.hash_key = log_text, hash_key.encode()
+        self.process = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
+        location = make_url(url)
+        if location.drivername == "postgresql":
+            location = location.set(drivername="postgresql+psycopg")
+        if location.get_backend_name() == "sqlite" and location.database:
+            Path(location.database).parent.mkdir(parents=True, exist_ok=True)
+        self.engine = create_engine(location, pool_size=16, max_overflow=64)
+        if location.get_backend_name() == "sqlite":
             event.listen(self.engine, "connect", _prepare_sqlite)
-            event.listen(self.engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
-        Base.metadata.create_all(self.engine)
+            event.listen(self.engine, "begin", _begin_sqlite)
+        _migrate(self.engine)
+        self._mark_interrupted()
 
-    def received(self, body: bytes | None, model: str) -> str:
+    def received(self, body: bytes | None, model: str, *, route: str | None = None, api_key: str | None = None) -> str:
         """Commit that a request came, and return its id. body: None where it was not read."""
+        kept = None if body is None or self.log_text != "full" else body.decode("utf-8", "backslashreplace")
         request = Request(
             id=uuid.uuid4().hex,
             received_at=_now(),
             status=RECEIVED,
-            text=None if body is None else body.decode("utf-8", "backslashreplace"),
-            text_sha256=None if body is None else hashlib.sha256(body).hexdigest(),
+            route=route,
+            api_key=api_key,
+            process=self.process,
+            # PostgreSQL's text holds no NUL; such a body is refused, and its row is spelled out.
+            text=kept and kept.replace("\0", r"\x00"),
+            text_sha256=self._hash(body),
             model=model,
             prompt_version=task.PROMPT_VERSION,
         )
         with Session(self.engine) as session, session.begin():
             session.add(request)
             return request.id
+
+    def _hash(self, body: bytes | None) -> str | None:
+        if body is None or self.log_text == "none":
+            return None
+        if self.log_text == "hash":
+            return hmac.digest(self.hash_key, body, "sha256").hex()
+        return hashlib.sha256(body).hexdigest()
 
     def finished(
         self,
@@ -85,30 +149,118 @@ class Store:
         status: str,
         http_status: int,
         duration_ms: float,
+        error: str | None = None,
         probabilities: Sequence[float] | None = None,
+        score: float | None = None,
+        abstain: bool | None = None,
         model_digest: str | None = None,
         calibration: str | None = None,
-        error: str | None = None,
     ) -> None:
         """Commit what became of a request."""
-        with Session(self.engine) as session, session.begin():
-            request = session.get_one(Request, request_id)
-            request.finished_at = _now()
-            request.status, request.http_status, request.duration_ms = status, http_status, duration_ms
-            request.error, request.model_digest, request.calibration = error, model_digest, calibration
-            if probabilities is not None:
-                request.label = task.decide(probabilities)
-                request.p_hate, request.p_neutral, request.p_supportive = probabilities
+        decided = {}
+        if probabilities is not None:
+            hate, neutral, supportive = probabilities
+            decided = {"p_hate": hate, "p_neutral": neutral, "p_supportive": supportive}
+            decided |= {"label": task.decide(probabilities), "score": score, "abstain": abstain}
+        outcome = {"status": status, "http_status": int(http_status), "duration_ms": duration_ms, "error": error}
+        outcome |= {"finished_at": _now(), "model_digest": model_digest, "calibration": calibration}
+        with self.engine.begin() as connection:
+            connection.execute(update(Request).where(Request.id == request_id).values(**outcome, **decided))
 
     def latest(self, limit: int = 20) -> list[Request]:
         """The newest requests, newest first."""
-        with Session(self.engine, expire_on_commit=False) as session, session.begin():
+        with self._reading() as session:
             return list(session.scalars(select(Request).order_by(Request.received_at.desc()).limit(limit)))
+
+    def answered(self, batch: int = 1000) -> Iterator[Request]:
+        """All answered requests whose text was kept, oldest first, read in batches."""
+        asked = select(Request).where(Request.status == ANSWERED, Request.text.is_not(None))
+        with self._reading() as session:
+            yield from session.scalars(asked.order_by(Request.received_at).execution_options(yield_per=batch))
+
+    def add_feedback(
+        self, request_id: str, label: str | None, score: float | None, note: str | None, api_key: str | None
+    ) -> bool:
+        """Keep feedback beside its request, if there is one: False where there is not."""
+        with Session(self.engine) as session, session.begin():
+            if session.get(Request, request_id) is None:
+                return False
+            session.add(
+                Feedback(
+                    request_id=request_id, received_at=_now(), label=label, score=score, note=note, api_key=api_key
+                )
+            )
+            return True
+
+    def newest_feedback(self) -> Iterator[tuple[Request, Feedback]]:
+        """Each request that has feedback and its text, with the newest of it."""
+        newest = select(func.max(Feedback.id)).group_by(Feedback.request_id)
+        pairs = select(Request, Feedback).join(Feedback).where(Feedback.id.in_(newest), Request.text.is_not(None))
+        with self._reading() as session:
+            yield from (tuple(row) for row in session.execute(pairs.order_by(Feedback.id)))
+
+    def purge(self, older_than: timedelta) -> int:
+        """Delete requests, and their feedback, that came longer ago; return how many."""
+        old = select(Request.id).where(Request.received_at < _now() - older_than)
+        with self.engine.begin() as connection:
+            connection.execute(delete(Feedback).where(Feedback.request_id.in_(old)))
+            return connection.execute(delete(Request).where(Request.id.in_(old))).rowcount
+
+    def create_key(self, name: str, scopes: Sequence[str]) -> str:
+        """A new API key, or a new one in an old one's place; kept as its sha256 alone."""
+        key = secrets.token_urlsafe(32)
+        sha256 = hashlib.sha256(key.encode()).hexdigest()
+        with Session(self.engine) as session, session.begin():
+            session.merge(ApiKey(name=name, sha256=sha256, scopes=" ".join(scopes), created_at=_now()))
+        return key
+
+    def delete_key(self, name: str) -> bool:
+        with self.engine.begin() as connection:
+            return connection.execute(delete(ApiKey).where(ApiKey.name == name)).rowcount > 0
+
+    def api_keys(self) -> list[ApiKey]:
+        with self._reading() as session:
+            return list(session.scalars(select(ApiKey).order_by(ApiKey.name)))
+
+    def key_named(self, key: str) -> ApiKey | None:
+        """The entry of an API key; each is compared in constant time."""
+        sha256 = hashlib.sha256(key.encode()).hexdigest()
+        matches = [entry for entry in self.api_keys() if hmac.compare_digest(entry.sha256, sha256)]
+        return matches[0] if matches else None
 
     def check(self) -> None:
         """Raise SQLAlchemyError where the log can't be written now: BEGIN IMMEDIATE takes SQLite's write lock."""
         with Session(self.engine) as session, session.begin():
             session.execute(select(Request.id).limit(1))
+
+    def _reading(self) -> Session:
+        """A session that takes no write lock, whose rows outlive it."""
+        return Session(self.engine.execution_options(begin="DEFERRED"), expire_on_commit=False)
+
+    def _mark_interrupted(self) -> None:
+        """Rows that a dead process left `received` will get no outcome any more."""
+        with Session(self.engine) as session, session.begin():
+            for request in session.scalars(select(Request).where(Request.status == RECEIVED)):
+                if _is_dead(request.process) or request.received_at < _now() - _ABANDONED:
+                    request.status, request.finished_at = INTERRUPTED, _now()
+
+
+def _is_dead(process: str | None) -> bool:
+    """True where it ran on this machine and does not any more. Names are host:pid:token."""
+    if process is None:
+        return True
+    host, pid, _ = process.split(":")
+    if host != socket.gethostname():
+        return False
+    if int(pid) == os.getpid():  # ours now, so its last owner is gone
+        return True
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass
+    return False
 
 
 def _now() -> datetime:
@@ -120,3 +272,24 @@ def _prepare_sqlite(connection, _record) -> None:
     connection.isolation_level = None  # pysqlite's own implicit BEGIN is deferred, and fails under concurrent writers
     for pragma in ("journal_mode=WAL", "synchronous=FULL", "busy_timeout=5000"):
         connection.execute(f"PRAGMA {pragma}")
+
+
+def _begin_sqlite(connection) -> None:
+    connection.exec_driver_sql(f"BEGIN {connection.get_execution_options().get('begin', 'IMMEDIATE')}")
+
+
+def _migrate(engine: Engine) -> None:
+    """Bring the schema up to date, in one transaction that one process at a time holds."""
+    from alembic import command
+    from alembic.config import Config
+
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+    with engine.begin() as connection:  # SQLite: IMMEDIATE, the write lock
+        if engine.dialect.name == "postgresql":
+            connection.execute(text("SELECT pg_advisory_xact_lock(20260101)"))
+        config.attributes["connection"] = connection
+        tables = inspect(connection).get_table_names()
+        if "requests" in tables and "alembic_version" not in tables:  # made before there were migrations
+            command.stamp(config, "0001")
+        command.upgrade(config, "head")

@@ -14,7 +14,7 @@ import pytest
 
 from app import create_app
 from hatespeech import export
-from hatespeech.ollama import Ollama, OllamaError, label_tokens, model_name
+from hatespeech.ollama import Ollama, OllamaError, model_name
 
 ROOT = Path(__file__).parent.parent
 BASE = ROOT / ".cache" / "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -62,7 +62,7 @@ def create(ollama_host):
         name = name or model_name(run)
         command = ["ollama", "create", name, "-f", str(run / modelfile)]
         subprocess.run(command, env=os.environ | {"OLLAMA_HOST": ollama_host}, check=True, capture_output=True)
-        return Ollama(ollama_host, name, label_tokens(run), timeout_s=60)
+        return Ollama(ollama_host, name, tuple(export.read_settings(run)["label_tokens"]), timeout_s=60)
 
     return create
 

@@ -1,15 +1,22 @@
 """The service on its real parts: a real Ollama with the shipped model, a real SQLite file."""
 
+import hashlib
+import json
+import logging
+import re
 import sqlite3
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pandas as pd
 import pytest
 
-from hatespeech import task
+from hatespeech import UserError, task
 from hatespeech.calibration import Calibration
+from hatespeech.store import Store
 from tests.conftest import ROOT, free_port
 from tests.test_data import GOLD
 
@@ -42,7 +49,7 @@ def test_the_row_holds_what_was_asked_and_answered(client, server, run):
     text = "such a lovely day, ünïcode 😀 & a=b"
     response = client.post("/infer", data=text.encode())
     (row,) = rows(client)
-    assert row["id"] == response.headers["X-Request-Id"]
+    assert row["id"] == response.headers["X-Answer-Id"]
     assert (row["text"], row["status"], row["http_status"], row["error"]) == (text, "answered", 200, None)
     assert row["label"] == response.text
     probabilities = [row["p_hate"], row["p_neutral"], row["p_supportive"]]
@@ -70,8 +77,8 @@ def test_without_a_calibration_the_raw_probabilities_decide(make_client, ollama_
 @pytest.mark.parametrize(
     ("body", "status", "reason"),
     [
-        (b"", 400, "holds no text"),
-        (b" \n\t", 400, "holds no text"),
+        (b"", 400, "there is no text"),
+        (b" \n\t", 400, "there is no text"),
         (b"\xff\xfe", 400, "not UTF-8"),
         (b"a\0b", 400, "NUL"),
         (b"word " * 3000, 413, "2048 tokens"),
@@ -85,6 +92,202 @@ def test_what_is_refused_is_explained_and_logged(client, body, status, reason):
     (row,) = rows(client)
     assert (row["status"], row["http_status"], row["label"]) == ("refused", status, None)
     assert row["error"]
+
+
+def test_json_in_or_accepted_gives_json_out(client, server, run):
+    by_body = client.post("/infer", json={"text": "a lovely day"})
+    by_accept = client.post("/infer", data="a lovely day", headers={"Accept": "application/json"})
+    calibration = Calibration.load(run / "calibration.json")
+    for response in (by_body, by_accept):
+        answer = response.get_json()
+        assert list(answer) == [
+            *("id", "label", "probabilities", "score", "confidence", "abstain", "model", "duration_ms"),
+        ]
+        probabilities = [answer["probabilities"][label] for label in task.LABELS]
+        assert sum(probabilities) == pytest.approx(1)
+        assert answer["label"] == task.decide(probabilities)
+        assert answer["confidence"] == max(probabilities)
+        assert answer["score"] == pytest.approx(np.dot(probabilities, calibration.class_scores))
+        assert answer["abstain"] == (answer["confidence"] < calibration.abstain_below)
+        assert answer["model"] == {
+            "name": server.model,
+            "digest": server.digest(),
+            "prompt_version": task.PROMPT_VERSION,
+            "calibrated": True,
+        }
+        assert answer["id"] == response.headers["X-Answer-Id"]
+    assert [row["text"] for row in rows(client)] == ["a lovely day"] * 2
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (b'{"text": ""}', "minLength"),
+        (b'{"text": 5}', "type must be string"),
+        (b'{"text": "a", "lang": "en"}', "takes text"),
+        (b'{"text": "\\ud800"}', "lone surrogate"),
+        (b'{"text": "a\\u0000b"}', "NUL"),
+        (b"{broken", 'not {"text": "..."}'),
+        (b"[" * 100_000, 'not {"text": "..."}'),
+    ],
+)
+def test_wrong_json_is_explained_and_logged(client, body, reason):
+    headers = {"Content-Type": "application/json", "Accept": "application/json"}
+    response = client.post("/infer", data=body, headers=headers)
+    assert is_problem(response, 400)
+    assert reason in response.get_json()["detail"]
+    assert rows(client)[0]["status"] == "refused"
+
+
+def test_another_charset_is_refused(client):
+    assert is_problem(client.post("/infer", data=b"abc", content_type="text/plain; charset=utf-16"), 415)
+
+
+@pytest.mark.parametrize("kind", ["application/json", "application/x-ndjson"])
+def test_a_batch_is_answered_in_order_and_one_bad_item_fails_alone(client, kind):
+    items = ["a lovely day", {"text": "such a nice day"}, " ", {"txt": 1}, "word " * 3000, "\ud800", "the end"]
+    body = json.dumps(items) if kind == "application/json" else "\n".join(map(json.dumps, items))
+    response = client.post("/infer/batch", data=body, content_type=kind)
+    assert (response.status_code, response.mimetype) == (200, "application/x-ndjson")
+    answers = [json.loads(line) for line in response.text.splitlines()]
+    assert [answer.get("status", 200) for answer in answers] == [200, 200, 400, 400, 413, 400, 200]
+    stored = rows(client)
+    assert [row["http_status"] for row in stored] == [200, 200, 400, 400, 413, 400, 200]
+    assert [row["id"] for row in stored if row["label"]] == [answers[i]["id"] for i in (0, 1, 6)]
+    assert {row["route"] for row in stored} == {"/infer/batch"}
+
+
+def test_what_is_no_batch_is_refused(client):
+    assert is_problem(client.post("/infer/batch", json={"text": "a"}), 400)
+    assert rows(client)[0]["status"] == "refused"
+
+
+def test_a_calibration_for_other_weights_is_not_applied(make_client, ollama_host, server, run, tmp_path):
+    other = tmp_path / run.name
+    other.mkdir()
+    (other / "settings.json").write_text((run / "settings.json").read_text())
+    stored = json.loads((run / "calibration.json").read_text())
+    (other / "calibration.json").write_text(json.dumps(stored | {"model_sha256": "0" * 64}))
+    client = make_client(ollama_host, MODEL_DIR=str(other))
+    answer = client.post("/infer", json={"text": "a text"}).get_json()
+    assert (answer["model"]["calibrated"], answer["abstain"]) == (False, None)
+    raw = server.classify("a text").probabilities
+    assert list(answer["probabilities"].values()) == pytest.approx(raw, abs=0.01)
+    health = client.get("/healthcheck", headers={"Accept": "application/json"}).get_json()
+    assert "fitted for the weights 000000000000" in health["uncalibrated_because"]
+
+
+def test_feedback_is_kept_with_its_request_and_never_overwritten(client):
+    answer = client.post("/infer", json={"text": "a text"}).get_json()
+    for said in ({"label": "Hate"}, {"score": -2.5, "note": "on second thoughts"}):
+        assert client.post("/feedback", json={"id": answer["id"]} | said).status_code == 204
+    connection = sqlite3.connect(client.database)
+    kept = connection.execute("SELECT request_id, label, score, note FROM feedback ORDER BY id").fetchall()
+    assert kept == [(answer["id"], "Hate", None, None), (answer["id"], None, -2.5, "on second thoughts")]
+
+
+@pytest.mark.parametrize(
+    ("said", "status", "reason"),
+    [
+        ({"id": "none", "label": "Hate"}, 404, "no request has this id"),
+        ({"id": "x"}, 400, "needs id and label or score"),
+        ({"label": "Hate"}, 400, "needs id"),
+        ({"id": "x", "label": "Bad"}, 400, "label: its enum must be"),
+        ({"id": "x", "score": float("inf")}, 400, "score: its maximum must be 20"),
+        ({"id": "x", "label": "Hate", "score": -3}, 400, "is Supportive, not Hate"),
+        (None, 400, "the body"),
+    ],
+)
+def test_wrong_feedback(client, said, status, reason):
+    response = client.post("/feedback", data=json.dumps(said), content_type="application/json")
+    assert is_problem(response, status)
+    assert reason in response.get_json()["detail"]
+
+
+ELSEWHERE = {"REMOTE_ADDR": "192.0.2.7"}
+
+
+def test_off_loopback_a_key_with_the_scope_is_demanded(client):
+    store = Store(f"sqlite:///{client.database}")
+    infer, read = store.create_key("bot", ["infer"]), store.create_key("watcher", ["read"])
+
+    def status(path: str, key: str | None, method: str = "POST", **more) -> int:
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        response = client.open(path, method=method, headers=headers, environ_overrides=ELSEWHERE, **more)
+        return response.status_code
+
+    assert is_problem(client.post("/infer", data="a text", environ_overrides=ELSEWHERE), 401)
+    for path, body in (("/infer", "a text"), ("/infer/batch", '["a"]'), ("/feedback", "{}")):
+        assert status(path, None, data=body) == 401
+        assert status(path, "wrong", data=body) == 401
+        assert status(path, read, data=body) == 403
+    assert status("/v1alpha1/comments:analyze", None, data="{}") == 401
+    assert status("/infer", infer, data="a text") == 200
+    assert rows(client)[-1]["api_key"] == "bot"
+    assert (status("/metrics", infer, "GET"), status("/metrics", read, "GET")) == (403, 200)
+    assert status("/healthcheck", None, "GET") == 200  # holds no text
+    assert infer not in "".join(connection_dump(client))
+
+
+def connection_dump(client) -> list[str]:
+    return list(sqlite3.connect(client.database).iterdump())
+
+
+def test_it_does_not_start_open_to_others_without_a_key(make_client):
+    with pytest.raises(UserError, match=r"HOST=0\.0\.0\.0 is open to others.*keys create"):
+        make_client("127.0.0.1:1", HOST="0.0.0.0")
+    with pytest.raises(UserError, match="no API key yet"):
+        make_client("127.0.0.1:1", REQUIRE_API_KEY="1")
+
+
+def test_behind_a_proxy_a_key_can_be_required_on_loopback(make_client, tmp_path):
+    Store(f"sqlite:///{tmp_path}/requests.sqlite3").create_key("bot", ["infer"])
+    client = make_client("127.0.0.1:1", REQUIRE_API_KEY="1")
+    assert is_problem(client.post("/infer", data="a"), 401)
+
+
+def test_request_ids_and_security_headers(client):
+    response = client.get("/healthcheck", headers={"X-Request-Id": "my-id.1"})
+    assert response.headers["X-Request-Id"] == "my-id.1"
+    assert response.headers["X-Content-Type-Options"] == "nosniff"
+    assert response.headers["Cache-Control"] == "no-store"
+    forged = client.get("/healthcheck", headers={"X-Request-Id": "<script>"}).headers["X-Request-Id"]
+    assert re.fullmatch("[0-9a-f]{32}", forged)
+
+
+def test_access_log_and_metrics_tell_of_requests_and_not_of_texts(client, caplog):
+    caplog.set_level(logging.INFO, "hatespeech.access")
+    client.post("/infer", data="a secret", headers={"X-Request-Id": "r1"})
+    (line,) = [json.loads(record.message) for record in caplog.records if record.name == "hatespeech.access"]
+    assert (line["request_id"], line["path"], line["status"]) == ("r1", "/infer", 200)
+    exposed = client.get("/metrics").text
+    assert 'hatespeech_http_requests_total{route="/infer",status="200"} 1.0' in exposed
+    assert "hatespeech_ollama_in_flight 0.0" in exposed
+    assert "secret" not in exposed + caplog.text
+
+
+def test_when_all_places_are_taken_it_says_when_to_come_again(make_client, stand_in):
+    stand_in.delay_s = 2
+    client = make_client(stand_in.host, MAX_IN_FLIGHT=1, MAX_QUEUE=1)
+    with ThreadPoolExecutor(6) as pool:
+        responses = list(pool.map(lambda _: client.application.test_client().post("/infer", data="a"), range(6)))
+    busy = [response for response in responses if response.status_code == 503]
+    assert len(busy) == 4
+    assert all(response.headers["Retry-After"] == "1" for response in busy)
+    assert all(is_problem(response, 503) for response in busy)
+
+
+@pytest.mark.parametrize(("kept", "text", "hashed"), [("hash", None, True), ("none", None, False)])
+def test_texts_can_be_kept_out_of_the_log(make_client, ollama_host, server, kept, text, hashed):
+    client = make_client(ollama_host, LOG_TEXT=kept, LOG_HASH_KEY="a secret")
+    for sent in ("one text", "one text", "another"):
+        assert client.post("/infer", data=sent).status_code == 200
+    stored = rows(client)
+    assert {row["text"] for row in stored} == {text}
+    hashes = [row["text_sha256"] for row in stored]
+    assert (hashes[0] == hashes[1] != hashes[2]) if hashed else set(hashes) == {None}
+    assert hashlib.sha256(b"one text").hexdigest() not in hashes
+    assert "one text" not in "".join(connection_dump(client))
 
 
 def test_no_answer_for_other_paths_and_methods(client):

@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from hatespeech import UserError, ollama, task, tuning
+from hatespeech import ollama, task, tuning
 from tests.conftest import ROOT, RUN, free_port
 from tests.test_data import GOLD
 
@@ -29,11 +29,6 @@ def test_ollama_host_is_read_as_ollama_reads_it(host, url):
 def test_model_name_is_one_ollama_takes(tmp_path):
     assert ollama.model_name(RUN) == "hatespeech-smollm2-135m"
     assert ollama.model_name(tmp_path / "My Run (2)") == "hatespeech-my-run-2-"
-
-
-def test_what_is_no_run_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"no finished run: settings\.json"):
-        ollama.label_tokens(tmp_path)
 
 
 def test_a_real_text_gets_probabilities(server):

@@ -46,7 +46,7 @@ def test_sqlite_is_durable_and_locks_at_once(store):
         }
     assert pragma == {"journal_mode": "wal", "synchronous": 2}  # 2 is FULL
     with store.engine.begin():
-        other = sqlite3.connect(store.url.database, timeout=0, isolation_level=None)
+        other = sqlite3.connect(store.engine.url.database, timeout=0, isolation_level=None)
         with pytest.raises(sqlite3.OperationalError, match="locked"):
             other.execute("BEGIN IMMEDIATE")
         other.close()

@@ -24,7 +24,7 @@ TOLERANCE = 0.01
 @pytest.fixture(scope="module")
 def some_silver(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("data") / "some.csv"
-    pd.read_csv(SILVER)[:300].to_csv(path, index=False)
+    pd.read_csv(SILVER)[:240].to_csv(path, index=False)
     return path
 
 
@@ -84,11 +84,11 @@ def test_the_folder_holds_all_that_is_promised(trained, some_silver):
     assert settings["settings"]["learning_rate"] == 2e-3
     assert settings["commit"] == train.commit()
     assert settings["versions"]["torch"]
-    assert settings["data"]["counts"][str(some_silver)]["rows"] == 300
+    assert settings["data"]["counts"][str(some_silver)]["rows"] == 240
     splits = json.loads((trained / "splits.json").read_text())
     ids = [id for part in splits.values() for id in part]
     assert {name: len(part) for name, part in splits.items()} == settings["data"]["comments"]
-    assert len(ids) == len(set(ids)) == 300
+    assert len(ids) == len(set(ids)) == 240
     metrics = json.loads((trained / "metrics.json").read_text())
     assert set(metrics["test"]) == {"majority_class", "tfidf_logistic_regression", "torch", "torch_uncalibrated"}
     assert metrics["test"]["torch"]["n"] == len(splits["test"])
@@ -148,9 +148,13 @@ def test_a_base_directory_goes_through_ollamas_converter(some_silver, base_gguf,
         settings = ["--model", base, "--dataset", some_silver, "--output", tmp_path / "run", "--max-steps", 4]
         done = command(*settings, "--batch-size", 8, "--learning-rate", "2e-3", "--targets", "soft")
         assert done.returncode == 0, done.stderr[-2000:]
+        assert "Ollama's own converter" in done.stdout
+        assert "served by Ollama, label probabilities differ from training's by 0.0" in done.stdout
         expected = by_torch(base, tmp_path / "run" / "adapter", texts[:40])
     assert not (tmp_path / "run" / "merged").exists()
     assert (tmp_path / "run" / "Modelfile").read_text() == export.MODELFILE
+    stored = json.loads((tmp_path / "run" / "calibration.json").read_text())
+    assert stored["model_sha256"] == export.sha256_of(tmp_path / "run" / "model.gguf")
     # bf16 merged weights keep 8 bits of mantissa where F16 keeps 11
     assert np.abs(by_ollama(create(tmp_path / "run"), texts[:40]) - expected).mean() < TOLERANCE
 
@@ -165,6 +169,16 @@ def test_evaluate_only_measures_the_run_as_served(trained, create, ollama_host, 
     assert len(test["as_served"]["digest"]) == 64
     difference = test["as_served_uncalibrated"]["pearson_r"]["value"] - test["torch_uncalibrated"]["pearson_r"]["value"]
     assert abs(difference) < 0.02
+
+
+def test_a_gguf_that_ollama_reads_otherwise_is_not_called_finished(run, base_gguf, tmp_path):
+    """The shipped model against probabilities that are not its own."""
+    for name in ("model.gguf", "Modelfile", "settings.json", "calibration.json"):
+        (tmp_path / name).symlink_to(run / name)
+    tokenizer = tuning.load_tokenizer(str(base_gguf))
+    classifier = tuning.Classifier(None, tokenizer, tuning.label_ids(tokenizer))
+    with pytest.raises(UserError, match="serves other probabilities than training saw"):
+        train.finish_gguf(tmp_path, classifier, ["a lovely day"], np.array([[1.0, 0.0, 0.0]]))
 
 
 def settings(tmp_path, base_gguf, **changes) -> train.Settings:

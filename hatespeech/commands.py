@@ -1,0 +1,110 @@
+"""`flask --app app ...`: API keys, feedback for training, replay through another model, purge."""
+
+import csv
+import json
+import re
+import sys
+from collections import Counter
+from datetime import timedelta
+from pathlib import Path
+
+import click
+from flask import Flask
+from flask.cli import AppGroup
+from tqdm import tqdm
+
+from hatespeech import UserError, export, task
+from hatespeech.calibration import Calibration
+from hatespeech.ollama import Ollama, OllamaError, model_name
+from hatespeech.store import Store
+
+SCOPES = ("infer", "read")
+
+
+def register(app: Flask, store: Store) -> None:
+    keys = AppGroup("keys", help="Who may use the service from elsewhere.")
+    feedback = AppGroup("feedback", help="What people said of answers.")
+
+    @keys.command("create")
+    @click.argument("name")
+    @click.option("--scopes", default="infer", show_default=True, help=f"Comma-separated: {', '.join(SCOPES)}.")
+    def create(name: str, scopes: str) -> None:
+        """Make a key and print it, this once. A key of the same name is replaced."""
+        wanted = scopes.split(",")
+        if unknown := set(wanted) - set(SCOPES):
+            raise click.ClickException(f"no such scope: {', '.join(sorted(unknown))}; there are {', '.join(SCOPES)}")
+        click.echo(store.create_key(name, wanted))
+
+    @keys.command("list")
+    def list_keys() -> None:
+        """Names and scopes of all keys."""
+        for key in store.api_keys():
+            click.echo(f"{key.name}\t{key.scopes}\t{key.created_at:%Y-%m-%d}")
+
+    @keys.command("delete")
+    @click.argument("name")
+    def delete(name: str) -> None:
+        """Take a key back."""
+        if not store.delete_key(name):
+            raise click.ClickException(f"no key is named {name}")
+
+    @feedback.command("export")
+    @click.option("--format", "kind", type=click.Choice(["csv", "jsonl"]), default="csv", show_default=True)
+    def export_feedback(kind: str) -> None:
+        """Write the newest feedback on each request to standard output, as rows that train takes.
+
+        \b
+        flask --app app feedback export > feedback.csv
+        python -m train --dataset feedback.csv --output results/from-feedback
+
+        A label without a score stands for the class's mean score. The rows are people's corrections, not gold.
+        """
+        scores = export.read_settings(Path(app.config["MODEL_DIR"]))["class_scores"]
+        means = dict(zip(task.LABELS, scores, strict=True))
+        columns = ["comment_id", "text", "hate_speech_score", "label", "note"]
+        table = csv.DictWriter(sys.stdout, columns)
+        if kind == "csv":
+            table.writeheader()
+        for asked, said in store.newest_feedback():
+            score = means[said.label] if said.score is None else said.score
+            row = dict(zip(columns, (asked.id, asked.text, score, task.label_of(score), said.note), strict=True))
+            table.writerow(row) if kind == "csv" else click.echo(json.dumps(row, ensure_ascii=False))
+
+    @app.cli.command("replay")
+    @click.option("--model-dir", type=click.Path(exists=True, file_okay=False, path_type=Path), required=True)
+    def replay(model_dir: Path) -> None:
+        """Ask another run, which Ollama must serve, about the logged texts, and report what would change."""
+        path = model_dir / "calibration.json"
+        changes, n_texts = Counter(), 0
+        try:
+            tokens = tuple(export.read_settings(model_dir)["label_tokens"])
+            timeout_s = float(app.config["OLLAMA_TIMEOUT_S"])
+            other = Ollama(app.config["OLLAMA_HOST"], model_name(model_dir), tokens, timeout_s)
+            calibration = Calibration.load(path) if path.exists() else None
+            if calibration and calibration.model_sha256 != other.weights_sha256():
+                calibration = None
+                click.echo("its calibration.json is for other weights: uncalibrated", err=True)
+            for asked in tqdm(store.answered(), desc="replaying", unit="text"):
+                probabilities = other.classify(asked.text).probabilities
+                probabilities = calibration.apply(probabilities) if calibration else probabilities
+                changes[asked.label, task.decide(probabilities)] += 1
+                n_texts += 1
+        except (OllamaError, UserError) as error:
+            raise click.ClickException(str(error)) from error
+        changed = sum(count for (was, is_), count in changes.items() if was != is_)
+        click.echo(f"{changed} of {n_texts} answers would change")
+        for (was, is_), count in sorted(changes.items()):
+            click.echo(f"{was} -> {is_}\t{count}")
+
+    @app.cli.command("purge")
+    @click.option("--older-than", required=True, metavar="AGE", help="E.g. 30d, 12h.")
+    def purge(older_than: str) -> None:
+        """Delete old requests, with the feedback on them."""
+        found = re.fullmatch(r"(\d+)([dh])", older_than)
+        if not found:
+            raise click.ClickException(f"an age is a number of days or hours, 30d or 12h, not {older_than}")
+        age = timedelta(**{{"d": "days", "h": "hours"}[found[2]]: int(found[1])})
+        click.echo(f"{store.purge(age)} requests deleted")
+
+    app.cli.add_command(keys)
+    app.cli.add_command(feedback)

@@ -1,0 +1,199 @@
+"""A text's way through the service: row received -> a place at Ollama -> calibration -> row finished -> answer."""
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from http import HTTPStatus
+from pathlib import Path
+
+from werkzeug.exceptions import BadRequest, HTTPException
+
+from hatespeech import task
+from hatespeech.calibration import Calibration
+from hatespeech.ollama import Ollama, OllamaError
+from hatespeech.store import ANSWERED, FAILED, REFUSED, Store
+
+
+class Busy(Exception):
+    """All places at Ollama and in the queue are taken."""
+
+    retry_after_s = 1
+
+
+@dataclass(frozen=True)
+class Answer:
+    """probabilities: of each label. score: expected, on MHS's scale. confidence: the highest probability.
+
+    abstain: the confidence is below the calibration's threshold, so a person should look; null without a calibration.
+    """
+
+    id: str
+    label: str
+    probabilities: dict[str, float]
+    score: float
+    confidence: float
+    abstain: bool | None
+    model: dict
+    duration_ms: float
+
+    def as_json(self) -> dict:
+        return asdict(self)
+
+
+class Gate:
+    """At most `places` callers inside and `queue` waiting; the next one is Busy. Ollama's own queue has no bound."""
+
+    def __init__(self, places: int, queue: int, timeout_s: float):
+        self._places, self._room = threading.Semaphore(places), threading.Semaphore(places + queue)
+        self.timeout_s, self._lock, self.inside, self.waiting = timeout_s, threading.Lock(), 0, 0
+
+    @contextmanager
+    def place(self, patient: bool = False) -> Iterator[None]:
+        """A place inside, while the block runs. patient: wait for room in the queue as well. Raises Busy."""
+        if not self._room.acquire(timeout=self.timeout_s if patient else 0):
+            raise Busy("too many requests are waiting")
+        try:
+            self._count(waiting=1)
+            try:
+                if not self._places.acquire(timeout=self.timeout_s):
+                    raise Busy(f"no place at Ollama came free within {self.timeout_s:g} s")
+            finally:
+                self._count(waiting=-1)
+            try:
+                self._count(inside=1)
+                yield
+            finally:
+                self._count(inside=-1)
+                self._places.release()
+        finally:
+            self._room.release()
+
+    def _count(self, inside: int = 0, waiting: int = 0) -> None:
+        with self._lock:
+            self.inside += inside
+            self.waiting += waiting
+
+
+class Service:
+    """Classifies texts and logs each. Threads may share it.
+
+    run: the folder of the model that Ollama serves; its calibration.json is applied only to the weights it is for.
+    class_scores: what the expected score is made of where no calibration applies.
+    """
+
+    def __init__(self, run: Path, ollama: Ollama, store: Store, gate: Gate, class_scores: tuple[float, float, float]):
+        self.ollama, self.store, self.gate, self.class_scores = ollama, store, gate, class_scores
+        path = run / "calibration.json"
+        self._stored = Calibration.load(path) if path.exists() else None
+        self._weights: dict[str, str] = {}  # model digest -> sha256 of its weights; a digest never changes its weights
+
+    def calibration_for(self, digest: str) -> tuple[Calibration | None, str]:
+        """The calibration for the model of this digest, or None and why."""
+        if self._stored is None:
+            return None, "the run's folder holds no calibration.json"
+        if digest not in self._weights:
+            self._weights[digest] = self.ollama.weights_sha256()
+        if self._weights[digest] != self._stored.model_sha256:
+            return None, (
+                f"calibration.json was fitted for the weights {str(self._stored.model_sha256)[:12]}, "
+                f"and Ollama serves {self._weights[digest][:12]}"
+            )
+        return self._stored, ""
+
+    def classify(self, body: bytes, *, route: str, api_key: str | None = None, patient: bool = False) -> Answer:
+        """Log, classify, log, answer. patient: for an item of a batch, which waits where a caller would be sent away.
+
+        Raises BadRequest (no text), Busy, OllamaError, SQLAlchemyError (nothing is answered that can't be logged).
+        """
+        started = time.perf_counter()
+        request_id = self.store.received(body, self.ollama.model, route=route, api_key=api_key)
+
+        def finish(**outcome) -> float:
+            duration_ms = round((time.perf_counter() - started) * 1000, 2)
+            self.store.finished(request_id, duration_ms=duration_ms, **outcome)
+            return duration_ms
+
+        try:
+            text = text_of(body)
+            with self.gate.place(patient):
+                digest = self.ollama.digest()
+                probabilities = self.ollama.classify(text).probabilities
+            calibration, _ = self.calibration_for(digest)
+        except Exception as error:
+            status, reason = status_of(error)
+            finish(status=REFUSED if status < 500 else FAILED, http_status=status, error=reason)
+            raise
+        if calibration:
+            probabilities = tuple(calibration.apply(probabilities).tolist())
+        scores = calibration.class_scores if calibration else self.class_scores
+        score = sum(p * s for p, s in zip(probabilities, scores, strict=True))
+        confidence = max(probabilities)
+        abstain = confidence < calibration.abstain_below if calibration else None
+        duration_ms = finish(
+            status=ANSWERED,
+            http_status=HTTPStatus.OK,
+            probabilities=probabilities,
+            score=score,
+            abstain=abstain,
+            model_digest=digest,
+            calibration=calibration and calibration.version,
+        )
+        return Answer(
+            id=request_id,
+            label=task.decide(probabilities),
+            probabilities=dict(zip(task.LABELS, probabilities, strict=True)),
+            score=score,
+            confidence=confidence,
+            abstain=abstain,
+            model={
+                "name": self.ollama.model,
+                "digest": digest,
+                "prompt_version": task.PROMPT_VERSION,
+                "calibrated": calibration is not None,
+            },
+            duration_ms=duration_ms,
+        )
+
+    def refuse(self, body: bytes | None, status: int, error: str, *, route: str, api_key: str | None = None) -> None:
+        """Log a request without a text to classify: unread (too large, broken off), or not as the route takes it."""
+        request_id = self.store.received(body, self.ollama.model, route=route, api_key=api_key)
+        self.store.finished(request_id, status=REFUSED, http_status=status, error=error, duration_ms=0.0)
+
+    def health(self) -> dict:
+        """Raises OllamaError or SQLAlchemyError where no text could be classified and logged now."""
+        self.store.check()
+        self.ollama.version()
+        digest = self.ollama.digest()
+        calibration, why_not = self.calibration_for(digest)
+        model = {"name": self.ollama.model, "digest": digest, "prompt_version": task.PROMPT_VERSION}
+        return {
+            "status": "OK",
+            "model": model | {"calibrated": calibration is not None},
+            "uncalibrated_because": why_not,
+        }
+
+
+def text_of(body: bytes) -> str:
+    """The text in a body. Raises BadRequest where there is none."""
+    try:
+        text = body.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadRequest(f"the text is not UTF-8 (byte {error.start})") from error
+    if not text.strip():
+        raise BadRequest("there is no text: curl localhost:5000/infer -d 'some text'")
+    if "\0" in text:
+        raise BadRequest(f"the text holds a NUL character (at {text.index(chr(0))}), where Ollama would end it")
+    return text
+
+
+def status_of(error: Exception) -> tuple[int, str]:
+    """The HTTP status an error answers with, and words that hold nothing of a text."""
+    if isinstance(error, HTTPException):
+        return error.code, error.description
+    if isinstance(error, OllamaError):
+        return error.status, str(error)
+    if isinstance(error, Busy):
+        return HTTPStatus.SERVICE_UNAVAILABLE, str(error)
+    return HTTPStatus.INTERNAL_SERVER_ERROR, f"an unexpected {type(error).__name__}; the service's own log has it"
