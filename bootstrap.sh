@@ -2,7 +2,7 @@
 set -Eeuo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
-HOST=${HOST:-127.0.0.1}
+export HOST=${HOST:-127.0.0.1}
 PORT=${PORT:-5000}
 export OLLAMA_HOST=${OLLAMA_HOST:-127.0.0.1:11434}
 export MODEL_DIR=${MODEL_DIR:-results/smollm2-135m}
@@ -20,11 +20,14 @@ usage() {
 ./bootstrap.sh --help              this
 
 Settings, from the environment:
-  HOST, PORT           where the service listens; now $HOST:$PORT. Off loopback anyone who reaches it can use it
+  HOST, PORT           where the service listens; now $HOST:$PORT. Off loopback it demands API keys
   OLLAMA_HOST          the Ollama to use; one is started there if none answers; now $OLLAMA_HOST
   MODEL_DIR            the run to serve: a folder that python -m train made; now $MODEL_DIR
   DATABASE_URL         the request log; now $DATABASE_URL
   OLLAMA_TIMEOUT_S     seconds an answer of Ollama may take before the service says 503; now ${OLLAMA_TIMEOUT_S:-10}
+  LOG_TEXT             what the log keeps of a text: full, hash (with a secret in LOG_HASH_KEY) or none; now ${LOG_TEXT:-full}
+  MAX_IN_FLIGHT        requests at Ollama at a time; MAX_QUEUE more wait, the rest get 503; now ${MAX_IN_FLIGHT:-4} and ${MAX_QUEUE:-32}
+  REQUIRE_API_KEY      set it to demand keys on loopback too, behind a proxy
   OLLAMA_MODELS        where Ollama keeps its models, if this script starts it; now ${OLLAMA_MODELS:-its own default}
   OLLAMA_DOWNLOAD_URL  where to fetch Ollama's release from; now $OLLAMA_DOWNLOAD_URL
 
@@ -35,7 +38,7 @@ EOF
 mkdir -p .cache
 case "${1:-}" in
   "") steps=7 ;;
-  test) steps=4 ;;
+  test) steps=5 ;;
   -h | --help) usage; exit 0 ;;
   *) usage >&2; exit 2 ;;
 esac
@@ -171,6 +174,17 @@ fetch_base() {
   rm -r .cache/base.part
 }
 
+find_postgres() {
+  if compgen -G "/usr/lib/postgresql/*/bin/initdb" >/dev/null; then return; fi
+  if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+    echo "  installing Debian's package"
+    (apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends postgresql) >.cache/postgresql.log 2>&1 ||
+      echo "  that failed (see .cache/postgresql.log): its tests will be skipped"
+  else
+    echo "  there is none: its tests will be skipped. To run them: apt-get install postgresql"
+  fi
+}
+
 python_run() { .venv/bin/python -c "import os, sys; from pathlib import Path
 from hatespeech import ollama
 run = Path(os.environ['MODEL_DIR'])
@@ -207,7 +221,10 @@ create_model() {
 
 serve() {
   local url=http://$HOST:$PORT
-  .venv/bin/python -m gunicorn --bind "$HOST:$PORT" --threads 8 --log-level warning 'app:create_app()' &
+  .venv/bin/python -c "import sys; from app import create_app; from hatespeech import UserError
+try: create_app()
+except UserError as error: sys.exit(f'  {error}')" || fail "the service can't start with these settings; the reason is above" "mend that and run ./bootstrap.sh again"
+  .venv/bin/python -m gunicorn --bind "$HOST:$PORT" --threads 64 --log-level warning 'app:create_app()' &
   local gunicorn=$!
   started=("$gunicorn" "${started[@]}") # it stops first, while Ollama still answers what is in flight
   until .venv/bin/python -c "import requests; requests.get('$url/healthcheck', timeout=10).raise_for_status()" 2>/dev/null; do
@@ -239,13 +256,14 @@ if [ "${1:-}" = test ]; then
   step "Ollama and the base model"
   find_ollama
   fetch_base
+  step "PostgreSQL, for the tests that need one"
+  find_postgres
   step "tests"
   trap - ERR
   .venv/bin/python -m pytest "${@:2}"
   exit
 fi
 
-case $HOST in 127.* | localhost) ;; *) echo "warning: on $HOST anyone who reaches port $PORT can use the service" >&2 ;; esac
 step "Python environment in .venv"
 [ -f "$MODEL_DIR/settings.json" ] || fail "$MODEL_DIR is no finished run: it has no settings.json" "set MODEL_DIR to a folder that python -m train made, e.g. results/smollm2-135m"
 make_venv

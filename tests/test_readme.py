@@ -1,6 +1,7 @@
 """What the README says, held against the code: every command runs, every figure is one that was stored."""
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -50,9 +51,8 @@ def served(run, server, ollama_host, tmp_path):
 def test_every_command_is_known():
     for command in COMMANDS:
         words = shlex.split(command)
-        assert command in RUN_ELSEWHERE or words[0] in ("curl", "sqlite3") or words[:3] == ["python", "-m", "train"], (
-            command
-        )
+        run_below = words[0] in ("curl", "sqlite3", ".venv/bin/flask") or words[:3] == ["python", "-m", "train"]
+        assert command in RUN_ELSEWHERE or run_below, command
 
 
 def test_curl_commands_answer_as_shown(served, tmp_path):
@@ -65,12 +65,31 @@ def test_curl_commands_answer_as_shown(served, tmp_path):
             outputs.append(done.stdout)
     shown = re.search(r"```\n(\w+)\n```", README).group(1)
     assert outputs[0] == shown == "Supportive"
-    assert set(outputs[1:-1]) <= {"Hate", "Neutral", "Supportive"}
-    assert outputs[-1] == "OK"
+    assert set(outputs[1:3]) <= {"Hate", "Neutral", "Supportive"}
+    assert outputs[3] == "OK"
+    example = json.loads(re.search(r"```json\n(.*?)```", README, re.DOTALL).group(1))
+    answer = json.loads(outputs[4])
+    assert answer.keys() == example.keys()
+    assert answer["label"] == example["label"]
+    assert answer["score"] == pytest.approx(example["score"], abs=0.1)
+    for key in ("probabilities", "model"):
+        assert answer[key].keys() == example[key].keys()
     query = next(shlex.split(command)[2] for command in COMMANDS if command.startswith("sqlite3"))
     code = "import sqlite3, sys; print(len(sqlite3.connect('.data/requests.sqlite3').execute(sys.argv[1]).fetchall()))"
     done = subprocess.run([sys.executable, "-c", code, query], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert done.stdout == "3\n"
+    assert done.stdout == "4\n"
+
+
+def test_flask_commands_run(served, tmp_path, run, ollama_host):
+    environment = os.environ | {"DATABASE_URL": f"sqlite:///{tmp_path}/.data/requests.sqlite3"}
+    environment |= {"MODEL_DIR": str(run), "OLLAMA_HOST": ollama_host}
+    ran = 0
+    for command in COMMANDS:
+        if command.startswith(".venv/bin/flask"):
+            command = command.replace(".venv/bin/flask", f"{sys.executable} -m flask").replace("> ", f"> {tmp_path}/")
+            subprocess.run(["bash", "-c", command], cwd=ROOT, env=environment, check=True, capture_output=True)
+            ran += 1
+    assert ran == 4
 
 
 def test_train_commands_parse():
