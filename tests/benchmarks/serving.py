@@ -1,0 +1,152 @@
+"""The service against Ollama called directly, in one run: what do logging, calibration and the gate cost?
+
+    python -m tests.benchmarks.serving            # some minutes; writes results/benchmarks/serving.json
+    python -m tests.benchmarks.serving --quick    # seconds, prints only
+
+Closed loop: each client sends the next gold comment when its last is answered. Both paths take turns at each number of
+clients; the load generator shares the cores with what it measures, for both alike.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import platform
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import psutil
+import requests
+
+import train
+from hatespeech import export, ollama
+
+ROOT = Path(__file__).parent.parent.parent
+RUN = ROOT / "results" / "smollm2-135m"
+CLIENTS = (1, 4, 16)
+
+
+def load(call: Callable[[str], None], texts: list[str], clients: int, seconds: float) -> dict:
+    """Requests a second and latency of so many clients, after a warm-up of a tenth of the time."""
+    durations_ms: list[float] = []
+    source, lock = itertools.cycle(texts), threading.Lock()
+    begin, end = time.monotonic() + seconds / 10, time.monotonic() + seconds * 1.1
+
+    def client() -> None:
+        while time.monotonic() < end:
+            with lock:
+                text = next(source)
+            started = time.monotonic()
+            call(text)
+            finished = time.monotonic()
+            if begin < started and finished < end:
+                durations_ms.append((finished - started) * 1000)
+
+    threads = [threading.Thread(target=client) for _ in range(clients)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return {
+        "clients": clients,
+        "requests_per_s": round(len(durations_ms) / seconds, 2),
+        "p50_ms": round(float(np.percentile(durations_ms, 50)), 1),
+        "p95_ms": round(float(np.percentile(durations_ms, 95)), 1),
+    }
+
+
+def start_app(host: str, scratch: str) -> tuple[subprocess.Popen, str, float]:
+    """gunicorn as bootstrap.sh starts it: its process, URL and the seconds to its first answer."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    environment = os.environ | {"OLLAMA_HOST": host, "MODEL_DIR": str(RUN)}
+    environment |= {"DATABASE_URL": f"sqlite:///{scratch}/requests.sqlite3"}
+    command = [sys.executable, "-m", "gunicorn", "--bind", address, "--threads", "64", "--log-level", "critical"]
+    started = time.monotonic()
+    process = subprocess.Popen([*command, "app:create_app()"], cwd=ROOT, env=environment, start_new_session=True)
+    while True:
+        try:
+            requests.post(f"http://{address}/infer", data="some text", timeout=60).raise_for_status()
+            return process, f"http://{address}", time.monotonic() - started
+        except requests.ConnectionError:
+            time.sleep(0.02)
+
+
+def measure(seconds: float) -> dict:
+    model, texts = ollama.model_name(RUN), pd.read_csv(ROOT / "tests" / "data" / "gold.csv")["text"].tolist()
+    tokens = tuple(export.read_settings(RUN)["label_tokens"])
+    with tempfile.TemporaryDirectory() as scratch, ollama.private_server(Path(scratch)) as host:
+        ollama.create(host, model, RUN)
+        direct = ollama.Ollama(host, model, tokens, timeout_s=60)
+        direct.preload()
+        process, url, first_answer_s = start_app(host, scratch)
+        try:
+            local = threading.local()
+
+            def through_app(text: str) -> None:
+                if not hasattr(local, "session"):
+                    local.session = requests.Session()
+                local.session.post(f"{url}/infer", data=text.encode(), timeout=60).raise_for_status()
+
+            paths = {"ollama": direct.classify, "app": through_app}
+            rows = []
+            for clients in CLIENTS:
+                for path, call in paths.items():
+                    rows.append({"path": path} | load(call, texts, clients, seconds))
+                    print(json.dumps(rows[-1]), flush=True)
+            memory = psutil.Process(process.pid)
+            app_mb = sum(p.memory_info().rss for p in [memory, *memory.children()]) / 1e6
+            return {
+                "start_to_first_answer_s": round(first_answer_s, 2),
+                "app_memory_mb": round(app_mb),
+                "ollama_version": direct.version(),
+                "rows": rows,
+            }
+        finally:
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="2 s a row, print only")
+    quick = parser.parse_args().quick
+    if not (RUN / "model.gguf").exists():
+        sys.exit(f"benchmark: {RUN} has no model.gguf yet: run ./bootstrap.sh first")
+    processor = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "?")
+    result = {
+        "command": "python -m tests.benchmarks.serving",
+        "commit": train.commit(),
+        "hardware": f"{processor.split(':')[-1].strip()}, {os.cpu_count()} cores",
+        "versions": {"python": platform.python_version()},
+        "seconds_a_row": 2 if quick else 30,
+    }
+    result |= measure(result["seconds_a_row"])
+    table = pd.DataFrame(result["rows"]).pivot(index="clients", columns="path")
+    print(table.to_string())
+    by_path = {path: rows.set_index("clients") for path, rows in pd.DataFrame(result["rows"]).groupby("path")}
+    for clients in CLIENTS:
+        app, direct = (by_path[path].loc[clients] for path in ("app", "ollama"))
+        print(
+            f"{clients} clients: app / Ollama throughput {app.requests_per_s / direct.requests_per_s:.3f}, "
+            f"median {app.p50_ms - direct.p50_ms:+.1f} ms"
+        )
+    if not quick:
+        path = ROOT / "results" / "benchmarks" / "serving.json"
+        path.parent.mkdir(exist_ok=True)
+        export.write_json(path, result)
+        print(f"stored in {path.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()
