@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import psutil
 from sqlalchemy import ForeignKey, create_engine, delete, event, func, inspect, select, text, update
 from sqlalchemy.engine import Engine, make_url
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship
@@ -102,14 +103,17 @@ class Store:
         if log_text == "hash" and not hash_key:
             raise UserError("LOG_TEXT=hash needs a secret in LOG_HASH_KEY, or anyone could guess texts by their hash")
         self.log_text, self.hash_key = log_text, hash_key.encode()
-        self.process = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
+        self.process = _process_name(os.getpid())
         location = make_url(url)
         if location.drivername == "postgresql":
             location = location.set(drivername="postgresql+psycopg")
-        if location.get_backend_name() == "sqlite" and location.database:
+        sqlite = location.get_backend_name() == "sqlite"
+        if sqlite and location.database:
             Path(location.database).parent.mkdir(parents=True, exist_ok=True)
-        self.engine = create_engine(location, pool_size=16, max_overflow=64)
-        if location.get_backend_name() == "sqlite":
+        # SQLite has one writer at a time; a queue for one connection is fair where its own polling starves threads.
+        sizes = {"pool_size": 1, "max_overflow": 0} if sqlite else {"pool_size": 16, "max_overflow": 64}
+        self.engine = create_engine(location, pool_timeout=10, **sizes)
+        if sqlite:
             event.listen(self.engine, "connect", _prepare_sqlite)
             event.listen(self.engine, "begin", _begin_sqlite)
         _migrate(self.engine)
@@ -245,22 +249,22 @@ class Store:
                     request.status, request.finished_at = INTERRUPTED, _now()
 
 
-def _is_dead(process: str | None) -> bool:
-    """True where it ran on this machine and does not any more. Names are host:pid:token."""
-    if process is None:
+def _process_name(pid: int) -> str:
+    """host:pid:start. A pid is used again, but not with the same start."""
+    return f"{socket.gethostname()}:{pid}:{psutil.Process(pid).create_time():.2f}"
+
+
+def _is_dead(name: str | None) -> bool:
+    """True where it ran on this machine and does not any more."""
+    if name is None:
         return True
-    host, pid, _ = process.split(":")
+    host, pid, _ = name.split(":")
     if host != socket.gethostname():
         return False
-    if int(pid) == os.getpid():  # ours now, so its last owner is gone
-        return True
     try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
+        return name != _process_name(int(pid)) or psutil.Process(int(pid)).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
         return True
-    except PermissionError:
-        pass
-    return False
 
 
 def _now() -> datetime:

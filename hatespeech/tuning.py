@@ -48,11 +48,15 @@ def load_tokenizer(base: str):
 
 
 def check_base(base: str) -> None:
-    """Refuse, before anything is downloaded or computed, a base that this machine can't train."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
+    """Refuse, before anything is downloaded or computed, a base that this machine can't train. Call it first."""
     with _explained(base):
+        import torch
+
+        if torch.cuda.is_available():
+            os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
+            import unsloth  # noqa: F401  before transformers, which it patches
+        from transformers import AutoConfig, AutoModelForCausalLM
+
         config = AutoConfig.from_pretrained(**_location(base))
     if torch.cuda.is_available():
         return
@@ -85,7 +89,6 @@ def load(base: str, *, rank: int, alpha: int, seed: int) -> Classifier:
     torch.manual_seed(seed)
     with _explained(base):
         if torch.cuda.is_available():
-            os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
             from unsloth import FastLanguageModel
 
             with _as_directory(base, tokenizer) as directory:

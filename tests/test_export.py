@@ -94,7 +94,9 @@ def test_merged_metadata_and_tensors_are_the_bases(files):
 
 
 def test_another_base_is_refused(run, base_gguf, tmp_path):
-    (tmp_path / "settings.json").write_text(json.dumps({"base": {"name": "b.gguf", "sha256": "0" * 64}}))
+    stored = json.loads((run / "settings.json").read_text())
+    stored["base"] = {"name": "b.gguf", "sha256": "0" * 64}
+    (tmp_path / "settings.json").write_text(json.dumps(stored))
     with pytest.raises(UserError, match=r"give the base it was trained on, b\.gguf"):
         export.complete(tmp_path, None)
     with pytest.raises(UserError, match="is not the base of"):
