@@ -121,10 +121,10 @@ def name_pretokenizer(gguf_path: Path, tokenizer) -> None:
     if name is None:
         return
     part = gguf_path.with_name(gguf_path.name + ".part")
-    writer = _start(part, file, {"tokenizer.ggml.pre": name})
+    writer = start_gguf(part, file, {"tokenizer.ggml.pre": name})
     for tensor in file.tensors:
         writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-    _finish(writer, part, gguf_path)
+    finish_gguf(writer, part, gguf_path)
 
 
 def model_card(name: str, run: dict, table: str) -> str:
@@ -195,7 +195,7 @@ def write_adapter(model, path: Path) -> None:
         if name is None:
             raise UserError(f"no GGUF name is known for the adapted layer {module}")
         writer.add_tensor(f"{name}.weight.lora_{which.lower()}", np.ascontiguousarray(values, dtype=np.float16))
-    _finish(writer, part, path)
+    finish_gguf(writer, part, path)
 
 
 def merge(base: Path, adapter: Path, merged: Path) -> None:
@@ -214,7 +214,7 @@ def merge(base: Path, adapter: Path, merged: Path) -> None:
         raise UserError(f"{adapter} does not belong to {base}: the base has no {', '.join(sorted(unknown)[:3])}")
 
     part = merged.with_name(merged.name + ".part")
-    writer = _start(part, base_file, {"general.file_type": int(gguf.LlamaFileType.MOSTLY_F16)})
+    writer = start_gguf(part, base_file, {"general.file_type": int(gguf.LlamaFileType.MOSTLY_F16)})
     for tensor in tqdm(base_file.tensors, desc="merging", unit="tensor", mininterval=1.0):
         weight = gguf.dequantize(tensor.data, tensor.tensor_type)
         if f"{tensor.name}.lora_a" in lora:
@@ -223,10 +223,10 @@ def merge(base: Path, adapter: Path, merged: Path) -> None:
             a, b = (lora[f"{tensor.name}.lora_{which}"].astype(np.float64) for which in "ab")
             weight = weight + (alpha / len(a)) * (b @ a)
         writer.add_tensor(tensor.name, weight.astype(np.float32 if weight.ndim == 1 else np.float16))
-    _finish(writer, part, merged)
+    finish_gguf(writer, part, merged)
 
 
-def _start(path: Path, like, changes: dict[str, object]):
+def start_gguf(path: Path, like, changes: dict[str, object]):
     """A GGUF writer with the metadata of another file, some of it changed."""
     import gguf
 
@@ -239,7 +239,7 @@ def _start(path: Path, like, changes: dict[str, object]):
     return writer
 
 
-def _finish(writer, part: Path, path: Path) -> None:
+def finish_gguf(writer, part: Path, path: Path) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

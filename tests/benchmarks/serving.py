@@ -4,7 +4,8 @@
     python -m tests.benchmarks.serving --quick    # seconds, prints only
 
 Closed loop: each client sends the next gold comment when its last is answered. Both paths take turns at each number of
-clients; the load generator shares the cores with what it measures, for both alike.
+clients; the load generator shares the cores with what it measures, for both alike. `profile` is Ollama's own account of a
+request's time; `settings` are rows of Ollama alone, by the weights' format and its environment.
 """
 
 import argparse
@@ -22,13 +23,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pandas as pd
 import psutil
 import requests
 
 import train
-from hatespeech import export, ollama
+from hatespeech import export, ollama, task
 
 ROOT = Path(__file__).parent.parent.parent
 RUN = ROOT / "results" / "smollm2-135m"
@@ -82,8 +84,67 @@ def start_app(host: str, scratch: str) -> tuple[subprocess.Popen, str, float]:
             time.sleep(0.02)
 
 
+def profile(host: str, model: str, texts: list[str]) -> dict:
+    """Where a request's time goes, by Ollama's own durations: means over texts it has not seen."""
+    options = {"num_ctx": task.CONTEXT_TOKENS, "num_predict": 1}
+    answers = []
+    for text in texts:
+        body = {"model": model, "prompt": task.spell_out(text), "stream": False, "options": options}
+        body |= {"logprobs": True, "top_logprobs": 20, "keep_alive": -1}
+        answers.append(requests.post(f"{ollama.base_url(host)}/api/generate", json=body, timeout=60).json())
+    means = {
+        name: np.mean([answer[f"{name}_duration"] for answer in answers]) for name in ("load", "prompt_eval", "total")
+    }
+    return {f"{name}_ms": round(float(mean) / 1e6, 1) for name, mean in means.items()} | {
+        "prompt_tokens": round(float(np.mean([answer["prompt_eval_count"] for answer in answers])), 1)
+    }
+
+
+def in_format(name: str, folder: Path) -> Path:
+    """A copy of the shipped run with its weights in another GGUF format."""
+    kind = gguf.GGMLQuantizationType[name]
+    source, path = gguf.GGUFReader(RUN / "model.gguf"), folder / "model.gguf"
+    file_type = gguf.LlamaFileType[f"MOSTLY_{name}"]
+    writer = export.start_gguf(path, source, {"general.file_type": int(file_type)})
+    for tensor in source.tensors:
+        values = gguf.dequantize(tensor.data, tensor.tensor_type)
+        if values.ndim == 1:
+            writer.add_tensor(tensor.name, values)
+        else:
+            writer.add_tensor(tensor.name, gguf.quantize(values, kind), raw_dtype=kind)
+    export.finish_gguf(writer, path, path)
+    (folder / "Modelfile").write_text(export.MODELFILE)
+    return folder
+
+
+def sweep(seconds: float) -> list[dict]:
+    """Ollama alone with one and four clients, by format of the weights and by its settings."""
+    texts, rows = gold_texts(), []
+    tokens = tuple(export.read_settings(RUN)["label_tokens"])
+    tries = [(name, {}) for name in ("F16", "BF16", "Q8_0")]
+    tries += [("F16", {"OLLAMA_NUM_PARALLEL": "4"}), ("F16", {"OLLAMA_FLASH_ATTENTION": "1"})]
+    for name, environment in tries:
+        os.environ |= environment
+        with tempfile.TemporaryDirectory() as scratch, ollama.private_server(Path(scratch)) as host:
+            ollama.create(host, "model", in_format(name, Path(scratch)))
+            client = ollama.Ollama(host, "model", tokens, timeout_s=60)
+            client.preload()
+            for clients in (1, 4):
+                rows.append(
+                    {"format": name, "environment": environment} | load(client.classify, texts, clients, seconds)
+                )
+                print(json.dumps(rows[-1]), flush=True)
+        for variable in environment:
+            del os.environ[variable]
+    return rows
+
+
+def gold_texts() -> list[str]:
+    return pd.read_csv(ROOT / "tests" / "data" / "gold.csv")["text"].tolist()
+
+
 def measure(seconds: float) -> dict:
-    model, texts = ollama.model_name(RUN), pd.read_csv(ROOT / "tests" / "data" / "gold.csv")["text"].tolist()
+    model, texts = ollama.model_name(RUN), gold_texts()
     tokens = tuple(export.read_settings(RUN)["label_tokens"])
     with tempfile.TemporaryDirectory() as scratch, ollama.private_server(Path(scratch)) as host:
         ollama.create(host, model, RUN)
@@ -110,6 +171,9 @@ def measure(seconds: float) -> dict:
                 "start_to_first_answer_s": round(first_answer_s, 2),
                 "app_memory_mb": round(app_mb),
                 "ollama_version": direct.version(),
+                "profile": profile(
+                    host, model, pd.read_csv(ROOT / "tests" / "data" / "silver.csv")["text"][:40].tolist()
+                ),
                 "rows": rows,
             }
         finally:
@@ -141,7 +205,9 @@ def main() -> None:
             f"{clients} clients: app / Ollama throughput {app.requests_per_s / direct.requests_per_s:.3f}, "
             f"median {app.p50_ms - direct.p50_ms:+.1f} ms"
         )
+    print("profile of a request:", result["profile"])
     if not quick:
+        result["settings"] = sweep(10)
         path = ROOT / "results" / "benchmarks" / "serving.json"
         path.parent.mkdir(exist_ok=True)
         export.write_json(path, result)
