@@ -35,6 +35,13 @@ def base_gguf() -> Path:
 
 
 @pytest.fixture(scope="session")
+def tokenizer(base_gguf):
+    from hatespeech import tuning
+
+    return tuning.load_tokenizer(str(base_gguf))
+
+
+@pytest.fixture(scope="session")
 def ollama_host(tmp_path_factory):
     """An Ollama of the tests' own: host:port."""
     assert shutil.which("ollama"), "no ollama command: ./bootstrap.sh test gets it"
@@ -69,9 +76,11 @@ def create(ollama_host):
 
 @pytest.fixture(scope="session")
 def run(base_gguf, tmp_path_factory) -> Path:
-    """A copy of the shipped run, with its model.gguf made as bootstrap.sh makes it."""
+    """A copy of the shipped run, with its model.gguf: bootstrap.sh's, or made as it makes it."""
     folder = tmp_path_factory.mktemp("results") / RUN.name
     shutil.copytree(RUN, folder, ignore=shutil.ignore_patterns("model.gguf*"))
+    if (RUN / "model.gguf").exists():
+        (folder / "model.gguf").symlink_to(RUN / "model.gguf")
     export.complete(folder, base_gguf)
     return folder
 

@@ -44,6 +44,7 @@ def test_a_constant_prediction_has_no_correlation(example):
     assert evaluation.measure(frame, constant, [1, 0, -1])["pearson_r"]["value"] is None
 
 
+@pytest.mark.slow
 def test_baselines_on_real_comments():
     silver, gold = (data.comments(data.read(str(path))).frame for path in (SILVER, GOLD))
     results = evaluation.baselines(silver, gold, [1.3, -0.4, -1.9])

@@ -67,6 +67,7 @@ def files(run, base_gguf) -> list[gguf.GGUFReader]:
     return [gguf.GGUFReader(path) for path in (base_gguf, run / "adapter.gguf", run / "model.gguf")]
 
 
+@pytest.mark.slow
 def test_merged_weights_are_base_plus_update(files):
     base, adapter, merged = (
         {
@@ -85,6 +86,7 @@ def test_merged_weights_are_base_plus_update(files):
     assert np.array_equal(merged[NORM], base[NORM])  # norms have no LoRA
 
 
+@pytest.mark.slow
 def test_merged_metadata_and_tensors_are_the_bases(files):
     base, _, merged = files
     for name, entry in base.fields.items():

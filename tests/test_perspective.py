@@ -4,13 +4,15 @@ import json
 import threading
 
 import pytest
-from googleapiclient import discovery
-from googleapiclient.errors import HttpError
 from werkzeug.serving import make_server
+
+pytestmark = pytest.mark.slow  # Google's client takes seconds to import
 
 
 @pytest.fixture
 def analyzer(client):
+    from googleapiclient import discovery
+
     listener = make_server("127.0.0.1", 0, client.application, threaded=True)
     threading.Thread(target=listener.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{listener.port}/$discovery/rest?version=v1alpha1"
@@ -48,6 +50,8 @@ def test_perspectives_client_gets_our_probabilities(analyzer, client):
     ],
 )
 def test_what_perspective_would_refuse(analyzer, body, reason):
+    from googleapiclient.errors import HttpError
+
     with pytest.raises(HttpError) as raised:
         analyzer.comments().analyze(body=body).execute()
     assert raised.value.resp.status == 400
@@ -57,6 +61,8 @@ def test_what_perspective_would_refuse(analyzer, body, reason):
 
 
 def test_a_text_too_long_is_an_error_of_googles_shape(analyzer):
+    from googleapiclient.errors import HttpError
+
     with pytest.raises(HttpError) as raised:
         analyzer.comments().analyze(body=ask(text="word " * 3000)).execute()
     assert json.loads(raised.value.content)["error"]["code"] == 413

@@ -80,6 +80,7 @@ def test_curl_commands_answer_as_shown(served, tmp_path):
     assert done.stdout == "4\n"
 
 
+@pytest.mark.slow
 def test_flask_commands_run(served, tmp_path, run, ollama_host):
     environment = os.environ | {"DATABASE_URL": f"sqlite:///{tmp_path}/.data/requests.sqlite3"}
     environment |= {"MODEL_DIR": str(run), "OLLAMA_HOST": ollama_host}
@@ -122,6 +123,17 @@ def test_every_figure_of_ours_was_measured():
     assert f"(accuracy {accuracy['low']:.3f} to {accuracy['high']:.3f})" in README.replace("\n  ", " ")
 
 
+def test_every_speed_was_measured():
+    stored = json.loads((ROOT / "results" / "benchmarks" / "serving.json").read_text())
+    one = {row["path"]: row["requests_per_s"] for row in stored["rows"] if row["clients"] == 1}
+    assert f"answers {one['app']:.1f} requests a second" in README
+    assert f"directly {one['ollama']:.1f}" in README
+    profile = {name: f"{value:.0f}" for name, value in stored["profile"].items()}
+    words = " ".join(README.split())
+    assert f"Of the {profile['total_ms']} ms that a new text takes Ollama, {profile['prompt_eval_ms']} go" in words
+    assert f"{profile['load_ms']} into reading" in words
+
+
 def test_every_module_is_in_the_tour():
     for path in (ROOT / "hatespeech").glob("[a-z]*.py"):
         assert f"| `{path.name}` |" in README
@@ -149,6 +161,7 @@ def test_code_is_clean():
         assert done.returncode == 0, done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["exploration", "results"])
 def test_notebooks_run(name):
     notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", 4)

@@ -143,6 +143,7 @@ def test_the_gate_gives_up_on_a_place_in_time():
         pass
 
 
+@pytest.mark.slow
 def test_a_request_is_logged_answered_and_corrected_in_either_database(start, database_url):
     app = start(database_url)
     answer = app.infer("ünïcode 😀 text", headers={"Accept": "application/json"}).json()
@@ -156,6 +157,7 @@ def test_a_request_is_logged_answered_and_corrected_in_either_database(start, da
     assert [said.label for _, said in store.newest_feedback()] == ["Hate"]
 
 
+@pytest.mark.slow
 def test_several_processes_share_one_database(start, database_url):
     apps = [start(database_url) for _ in range(2)]
     with ThreadPoolExecutor(8) as pool:
@@ -260,6 +262,7 @@ def test_kill_9_of_ollama_is_503_and_heals_without_a_restart(start, run, tmp_pat
     kill()
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_503_and_nothing_is_answered_unlogged(start, tmp_path):
     """SQLite's own limit on pages stands in for the disk's: the same SQLITE_FULL."""
     app = start()
@@ -314,6 +317,7 @@ def test_200_clients_for_60_s_get_answers_or_503_and_memory_stays_flat(start):
     assert late < 1.2 * early
 
 
+@pytest.mark.slow
 def test_health_tells_the_model_and_its_calibration(start):
     app = start()
     health = requests.get(f"{app.url}/healthcheck", headers={"Accept": "application/json"}).json()

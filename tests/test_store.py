@@ -52,6 +52,7 @@ def test_sqlite_is_durable_and_locks_at_once(store):
         other.close()
 
 
+@pytest.mark.slow
 def test_concurrent_writers_lose_nothing(store):
     def one(i: int) -> None:
         store.finished(store.received(str(i).encode(), "m"), status=ANSWERED, http_status=200, duration_ms=0)
@@ -63,6 +64,7 @@ def test_concurrent_writers_lose_nothing(store):
     assert all(row.status == ANSWERED for row in rows)
 
 
+@pytest.mark.slow
 def test_kill_9_loses_no_acknowledged_row(tmp_path):
     database = f"sqlite:///{tmp_path}/requests.sqlite3"
     code = (

@@ -171,6 +171,7 @@ def test_evaluate_only_measures_the_run_as_served(trained, create, ollama_host, 
     assert abs(difference) < 0.02
 
 
+@pytest.mark.slow
 def test_a_gguf_that_ollama_reads_otherwise_is_not_called_finished(run, base_gguf, tmp_path):
     """The shipped model against probabilities that are not its own."""
     for name in ("model.gguf", "Modelfile", "settings.json", "calibration.json"):
@@ -186,6 +187,7 @@ def settings(tmp_path, base_gguf, **changes) -> train.Settings:
     return train.Settings(**(defaults | changes))
 
 
+@pytest.mark.slow
 def test_no_gpu_for_the_default_base_says_what_to_do(tmp_path):
     """Offline, the default run stops at once, with a remedy, and leaves no half-made run under its name."""
     done = command("--output", tmp_path / "run", HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "hub"))

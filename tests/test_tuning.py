@@ -10,11 +10,6 @@ TEXTS = ["short", "a somewhat longer text, with 😀 and <|im_end|>", "x " * 40,
 TARGETS = np.array([[1, 0, 0], [0, 1, 0], [0.2, 0.3, 0.5], [0, 0, 1.0]])
 
 
-@pytest.fixture(scope="module")
-def tokenizer(base_gguf):
-    return tuning.load_tokenizer(str(base_gguf))
-
-
 @pytest.fixture
 def classifier(tokenizer):
     """A tiny random Llama with the real tokenizer, whose LoRA is not at its zero start."""

@@ -4,8 +4,8 @@
     python -m tests.benchmarks.serving --quick    # seconds, prints only
 
 Closed loop: each client sends the next gold comment when its last is answered. Both paths take turns at each number of
-clients; the load generator shares the cores with what it measures, for both alike. `profile` is Ollama's own account of a
-request's time; `settings` are rows of Ollama alone, by the weights' format and its environment.
+clients; the load generator shares the cores with what it measures, for both alike. `profile` is Ollama's own account of
+a request's time; `settings` are rows of Ollama alone, by the weights' format and its environment.
 """
 
 import argparse
@@ -119,7 +119,7 @@ def in_format(name: str, folder: Path) -> Path:
 
 def sweep(seconds: float) -> list[dict]:
     """Ollama alone with one and four clients, by format of the weights and by its settings."""
-    texts, rows = gold_texts(), []
+    texts, rows = texts_of("gold"), []
     tokens = tuple(export.read_settings(RUN)["label_tokens"])
     tries = [(name, {}) for name in ("F16", "BF16", "Q8_0")]
     tries += [("F16", {"OLLAMA_NUM_PARALLEL": "4"}), ("F16", {"OLLAMA_FLASH_ATTENTION": "1"})]
@@ -139,12 +139,12 @@ def sweep(seconds: float) -> list[dict]:
     return rows
 
 
-def gold_texts() -> list[str]:
-    return pd.read_csv(ROOT / "tests" / "data" / "gold.csv")["text"].tolist()
+def texts_of(name: str) -> list[str]:
+    return pd.read_csv(ROOT / "tests" / "data" / f"{name}.csv")["text"].tolist()
 
 
 def measure(seconds: float) -> dict:
-    model, texts = ollama.model_name(RUN), gold_texts()
+    model, texts, unseen = ollama.model_name(RUN), texts_of("gold"), texts_of("silver")[:40]
     tokens = tuple(export.read_settings(RUN)["label_tokens"])
     with tempfile.TemporaryDirectory() as scratch, ollama.private_server(Path(scratch)) as host:
         ollama.create(host, model, RUN)
@@ -171,9 +171,7 @@ def measure(seconds: float) -> dict:
                 "start_to_first_answer_s": round(first_answer_s, 2),
                 "app_memory_mb": round(app_mb),
                 "ollama_version": direct.version(),
-                "profile": profile(
-                    host, model, pd.read_csv(ROOT / "tests" / "data" / "silver.csv")["text"][:40].tolist()
-                ),
+                "profile": profile(host, model, unseen),
                 "rows": rows,
             }
         finally:
