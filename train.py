@@ -19,9 +19,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-import pandas as pd
-import tyro
+try:
+    import numpy as np
+    import pandas as pd
+    import tyro
+except ModuleNotFoundError as error:
+    sys.exit(f"train: {error.name} is not installed: conda env create -f environment.yml, or pip install -e '.[train]'")
 
 from hatespeech import UserError, calibration, data, evaluation, export, ollama, task, tuning
 
