@@ -2,7 +2,7 @@
 
 python -m train                                                      # MHS, Mistral-7B in 4 bit, a CUDA GPU
 python -m train --model HuggingFaceTB/SmolLM2-135M-Instruct          # a small base; trains on a CPU too
-python -m train --dataset rows.csv --output results/mine             # your own rows: CSV or Parquet
+python -m train --dataset rows.csv --output results/mine             # your own rows: CSV, JSONL or Parquet
 python -m train --evaluate-only --output results/mine                # measure a run as Ollama serves it
 MODEL_DIR=results/mine ./bootstrap.sh                                # serve it
 """
@@ -40,7 +40,7 @@ class Settings:
     model: str = "unsloth/mistral-7b-instruct-v0.3-bnb-4bit"
     """The base: a hub id, a directory, or a .gguf file."""
     dataset: str = data.HUB_ID
-    """Annotation rows: a hub id, or a .csv or .parquet file with comment_id, text, hate_speech_score."""
+    """Annotation rows: a hub id, or a .csv, .jsonl or .parquet file with comment_id, text, hate_speech_score."""
     test_dataset: str | None = None
     """Test on these rows instead of a part of --dataset, of which what is like them is then left out."""
     output: Path | None = None
@@ -94,7 +94,7 @@ def main(settings: Settings) -> None:
             classifier,
             prompts["train"],
             data.soft_targets(splits["train"]["score"], score_error),
-            steps=settings.max_steps or round(settings.epochs * len(prompts["train"]) / settings.batch_size),
+            steps=settings.max_steps or max(1, round(settings.epochs * len(prompts["train"]) / settings.batch_size)),
             batch_size=settings.batch_size,
             learning_rate=settings.learning_rate,
             seed=settings.seed,
@@ -125,6 +125,15 @@ def load_splits(settings: Settings, count_tokens=None) -> tuple[dict[str, pd.Dat
         counts |= {settings.test_dataset: test.counts, "comments_left_out_for_being_like_a_test_comment": dropped}
     shares = {"train": 1 - sum(shares.values())} | {name: share for name, share in shares.items() if share}
     return data.split(comments.frame, shares, settings.seed) | extra, counts
+
+
+def stored_splits(folder: Path, settings: Settings) -> dict[str, pd.DataFrame]:
+    """The comments of a run's splits.json, as the data sets hold them now; no split of which one is missing."""
+    sources = [source for source in (settings.dataset, settings.test_dataset) if source]
+    pool = pd.concat([data.comments(data.read(source)).frame for source in sources])
+    pool = pool.drop_duplicates("comment_id", keep="last").set_index("comment_id", drop=False)
+    stored = json.loads((folder / "splits.json").read_text())
+    return {name: pool.loc[ids].reset_index(drop=True) for name, ids in stored.items() if set(ids) <= set(pool.index)}
 
 
 def provenance(settings: Settings, splits: dict, counts: dict, classifier, training: dict) -> dict:
@@ -215,9 +224,9 @@ def evaluate_as_served(folder: Path) -> None:
 
     run = export.read_settings(folder)
     settings = Settings(**run["settings"])
-    splits, _ = load_splits(settings)
+    splits = stored_splits(folder, settings)
     for name, expected in run["data"]["sha256"].items():
-        if data.fingerprint(splits[name]) != expected:
+        if name not in splits or data.fingerprint(splits[name]) != expected:
             raise UserError(f"{settings.dataset} has changed since {folder} was trained: its {name} comments differ")
     server = ollama.Ollama(os.environ.get("OLLAMA_HOST", ""), ollama.model_name(folder), tuple(run["label_tokens"]))
     try:

@@ -4,6 +4,7 @@ Measuring Hate Speech (Kennedy et al. 2020, Sachdeva et al. 2022; CC-BY-4.0) has
 annotators a comment; the score is the same in every row of a comment. A split by row puts the same text on both sides.
 """
 
+import functools
 import hashlib
 import math
 import unicodedata
@@ -16,25 +17,32 @@ from hatespeech import UserError, task
 
 HUB_ID = "ucberkeley-dlab/measuring-hate-speech"
 REQUIRED_COLUMNS = ("comment_id", "text", "hate_speech_score")
+_READERS = {
+    ".csv": pd.read_csv,
+    ".jsonl": functools.partial(pd.read_json, lines=True, dtype={"comment_id": str, "text": str}),
+    ".parquet": pd.read_parquet,
+}
 
 
 def read(source: str) -> pd.DataFrame:
-    """Annotation rows from a CSV or Parquet file, or from a Hugging Face hub id.
+    """Annotation rows from a CSV, JSONL or Parquet file, or from a Hugging Face hub id.
 
     Raises UserError: no such file or hub data set, hub unreachable, not a table, a required column missing.
     """
     path = Path(source)
     try:
-        if path.suffix in (".csv", ".parquet"):
-            rows = pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
+        if reader := _READERS.get(path.suffix):
+            rows = reader(path)
         elif path.exists():
-            raise UserError(f"{source}: a data set is a .csv or .parquet file, or a hub id such as {HUB_ID}")
+            raise UserError(f"{source}: a data set is a {' or '.join(_READERS)} file, or a hub id such as {HUB_ID}")
         else:
             import datasets
 
             rows = datasets.load_dataset(source, split="train").to_pandas()
     except FileNotFoundError as error:
-        raise UserError(f"{source}: no such data set: give a .csv or .parquet file, or a hub id ({error})") from error
+        raise UserError(
+            f"{source}: no such data set: give a {' or '.join(_READERS)} file, or a hub id ({error})"
+        ) from error
     except OSError as error:
         raise UserError(
             f"{source}: can't be fetched from the Hugging Face hub ({type(error).__name__}). "

@@ -15,7 +15,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import psutil
-from sqlalchemy import ForeignKey, create_engine, delete, event, func, inspect, select, text, update
+from sqlalchemy import ForeignKey, create_engine, delete, event, func, insert, inspect, select, text, update
 from sqlalchemy.engine import Engine, make_url
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship
 
@@ -122,22 +122,23 @@ class Store:
     def received(self, body: bytes | None, model: str, *, route: str | None = None, api_key: str | None = None) -> str:
         """Commit that a request came, and return its id. body: None where it was not read."""
         kept = None if body is None or self.log_text != "full" else body.decode("utf-8", "backslashreplace")
-        request = Request(
-            id=uuid.uuid4().hex,
-            received_at=_now(),
-            status=RECEIVED,
-            route=route,
-            api_key=api_key,
-            process=self.process,
+        request_id = uuid.uuid4().hex
+        row = {
+            "id": request_id,
+            "received_at": _now(),
+            "status": RECEIVED,
+            "route": route,
+            "api_key": api_key,
+            "process": self.process,
             # PostgreSQL's text holds no NUL; such a body is refused, and its row is spelled out.
-            text=kept and kept.replace("\0", r"\x00"),
-            text_sha256=self._hash(body),
-            model=model,
-            prompt_version=task.PROMPT_VERSION,
-        )
-        with Session(self.engine) as session, session.begin():
-            session.add(request)
-            return request.id
+            "text": kept and kept.replace("\0", r"\x00"),
+            "text_sha256": self._hash(body),
+            "model": model,
+            "prompt_version": task.PROMPT_VERSION,
+        }
+        with self.engine.begin() as connection:
+            connection.execute(insert(Request), row)
+        return request_id
 
     def _hash(self, body: bytes | None) -> str | None:
         if body is None or self.log_text == "none":

@@ -46,7 +46,11 @@ def test_exported_feedback_is_a_data_set(shell, client, tmp_path):
         ids[1]: "Supportive",
         ids[2]: "Hate",
     }
-    lines = [json.loads(line) for line in shell("feedback", "export", "--format", "jsonl").splitlines()]
+    path = tmp_path / "feedback.jsonl"
+    path.write_text(shell("feedback", "export", "--format", "jsonl"))
+    again = data.comments(data.read(str(path))).frame
+    assert data.fingerprint(again) == data.fingerprint(frame)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert {line["comment_id"]: line["note"] for line in lines}[ids[0]] == "no, not that"
     assert train.Settings(dataset=str(path))
 

@@ -116,7 +116,8 @@ def test_a_missing_column_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("source", "reason"), [("no/such.csv", "no such data set"), (str(ROOT / "README.md"), "a .csv or .parquet file")]
+    ("source", "reason"),
+    [("no/such.csv", "no such data set"), (str(ROOT / "README.md"), "a .csv or .jsonl or .parquet file")],
 )
 def test_what_is_no_data_set_is_named(source, reason):
     with pytest.raises(UserError, match=reason):

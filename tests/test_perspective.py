@@ -17,7 +17,7 @@ def analyzer(client):
     threading.Thread(target=listener.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{listener.port}/$discovery/rest?version=v1alpha1"
     yield discovery.build(
-        "commentanalyzer", "v1alpha1", developerKey="", discoveryServiceUrl=url, static_discovery=False
+        "commentanalyzer", "v1alpha1", developerKey="a-key-of-googles", discoveryServiceUrl=url, static_discovery=False
     )
     listener.shutdown()
 

@@ -217,7 +217,12 @@ def test_an_evaluation_of_changed_data_is_refused(tmp_path, base_gguf, run, monk
     stored = json.loads((run / "settings.json").read_text())
     stored["data"]["sha256"]["test"] = "0" * 64
     (tmp_path / "settings.json").write_text(json.dumps(stored))
+    shutil.copy(run / "splits.json", tmp_path)
     with pytest.raises(UserError, match="has changed since"):
+        train.evaluate_as_served(tmp_path)
+    splits = json.loads((run / "splits.json").read_text())
+    (tmp_path / "splits.json").write_text(json.dumps(splits | {"test": [*splits["test"], "no such comment"]}))
+    with pytest.raises(UserError, match="its test comments differ"):
         train.evaluate_as_served(tmp_path)
 
 
@@ -231,6 +236,8 @@ def test_the_shipped_metrics_are_of_the_shipped_data(run):
     """Trained on silver without a word of gold, tested on gold, above the baseline from the same data."""
     stored, metrics = (json.loads((run / name).read_text()) for name in ("settings.json", "metrics.json"))
     splits, _ = train.load_splits(train.Settings(**stored["settings"]))
+    again = train.stored_splits(run, train.Settings(**stored["settings"]))
+    assert all(data.fingerprint(again[name]) == data.fingerprint(splits[name]) for name in splits)
     assert {name: data.fingerprint(part) for name, part in splits.items()} == stored["data"]["sha256"]
     assert not set(splits["train"]["text"]) & set(splits["test"]["text"])
     served, tfidf = metrics["test"]["as_served"], metrics["test"]["tfidf_logistic_regression"]
