@@ -173,7 +173,7 @@ def record(folder: Path, splits: dict, name: str, engine: str, probabilities: np
     else:
         calibrated = calibration.Calibration.load(folder / "calibration.json").apply(probabilities)
     metrics = json.loads(path.read_text()) if path.exists() else {}
-    metrics.setdefault(name, evaluation.baselines(splits["train"], part, run["class_scores"]))
+    metrics.setdefault(name, {}).update(evaluation.baselines(splits["train"], part, run["class_scores"]))
     metrics[name][f"{engine}_uncalibrated"] = origin | evaluation.measure(part, probabilities, run["class_scores"])
     metrics[name][engine] = origin | evaluation.measure(part, calibrated, run["class_scores"])
     export.write_json(path, metrics)
