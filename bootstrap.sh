@@ -89,7 +89,7 @@ install() { # "" or an extra, e.g. [test]
   local stamp=.venv/.installed$1 wanted
   wanted=$(cksum <pyproject.toml)
   [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && return
-  .venv/bin/python -m pip install --disable-pip-version-check --no-warn-script-location -e ".$1" | sed -n 's/^ *\(Downloading .*\|Installing collected\).*/  \1/p' ||
+  .venv/bin/python -m pip install --disable-pip-version-check --no-warn-script-location -e ".$1" | sed -n 's/^ *Downloading /  /p; s/^Installing collected.*/  installing/p' ||
     fail "pip could not install what pyproject.toml lists" "see pip's words above; check the network or the package index, then run ./bootstrap.sh again"
   printf %s "$wanted" >"$stamp"
 }
