@@ -146,12 +146,12 @@ build_ollama() {
   local apt=(-o "Dir::State::Lists=$part/apt/lists" -o "Dir::Cache=$part/apt/cache" -o "APT::Sandbox::User=")
   (cd "$part/apt" && apt-get "${apt[@]}" update && apt-get "${apt[@]}" download nlohmann-json3-dev libstb-dev) >"$log" 2>&1 ||
     fail "the headers nlohmann-json3-dev and libstb-dev can't be fetched by apt-get; see $log" "check apt's sources, then run ./bootstrap.sh again"
-  for tool in "$part"/apt/*.deb; do dpkg -x "$tool" "$part/apt/root"; done
+  for tool in "$part"/apt/*.deb; do dpkg -x "$tool" "$part/apt/unpacked"; done
   local malgo
   malgo=$("$go" mod download -json github.com/gen2brain/malgo@v0.11.24 2>>"$log" | .venv/bin/python -c 'import json, sys; print(json.load(sys.stdin)["Dir"])') ||
     fail "the Go module proxy can't be reached; see $log" "check the network (go env GOPROXY), then run ./bootstrap.sh again"
   cp "$malgo/miniaudio.h" "$part/include/miniaudio/"
-  local flags="-O3 -march=native -w -I$part/apt/root/usr/include -I$part/include"
+  local flags="-O3 -march=native -w -I$part/apt/unpacked/usr/include -I$part/include"
   # -march=native: six times faster on this processor, and the binary never leaves it.
   GOBIN=$part/bin CGO_ENABLED=1 CGO_CFLAGS=$flags CGO_CXXFLAGS=$flags \
     "$go" install -v "github.com/ollama/ollama@v$OLLAMA_VERSION" 2>&1 | tee -a "$log" |
