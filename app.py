@@ -1,7 +1,7 @@
 """The service: a text in, its label out, every request in the log.
 
     ./bootstrap.sh                                  # set up and serve; or, where all is set up:
-    gunicorn --threads 64 'app:create_app()'
+    gunicorn --config python:hatespeech.gunicorn_conf --bind 127.0.0.1:5000 'app:create_app()'
     curl localhost:5000/infer -d 'some text'
     flask --app app --help                          # keys, feedback export, replay, purge
 

@@ -224,7 +224,7 @@ serve() {
   .venv/bin/python -c "import sys; from app import create_app; from hatespeech import UserError
 try: create_app()
 except UserError as error: sys.exit(f'  {error}')" || fail "the service can't start with these settings; the reason is above" "mend that and run ./bootstrap.sh again"
-  .venv/bin/python -m gunicorn --bind "$HOST:$PORT" --threads 64 --log-level warning 'app:create_app()' &
+  .venv/bin/python -m gunicorn --config python:hatespeech.gunicorn_conf --bind "$HOST:$PORT" 'app:create_app()' &
   local gunicorn=$!
   started=("$gunicorn" "${started[@]}") # it stops first, while Ollama still answers what is in flight
   until .venv/bin/python -c "import requests; requests.get('$url/healthcheck', timeout=10).raise_for_status()" 2>/dev/null; do

@@ -37,15 +37,7 @@ class App:
         }  # fmt: skip
 
     def start(self) -> None:
-        arguments = [
-            "--bind",
-            f"127.0.0.1:{self.port}",
-            "--threads",
-            "64",
-            "--log-level",
-            "critical",
-            "app:create_app()",
-        ]
+        arguments = ["-c", "python:hatespeech.gunicorn_conf", "--bind", f"127.0.0.1:{self.port}", "app:create_app()"]
         self.process = subprocess.Popen(
             [sys.executable, "-m", "gunicorn", *arguments], cwd=ROOT, env=self.environment, start_new_session=True
         )
@@ -293,7 +285,11 @@ def test_200_clients_for_60_s_get_answers_or_503_and_memory_stays_flat(start):
     def client() -> None:
         session = requests.Session()
         while not stop.is_set():
-            response = session.post(f"{app.url}/infer", data="some text", timeout=60)
+            try:
+                response = session.post(f"{app.url}/infer", data="some text", timeout=60)
+            except requests.RequestException as error:
+                statuses[type(error).__name__] += 1
+                continue
             statuses[response.status_code] += 1
             if response.status_code != 200:
                 reasons[response.json()["detail"]] += 1

@@ -73,7 +73,7 @@ def start_app(host: str, scratch: str) -> tuple[subprocess.Popen, str, float]:
         address = f"127.0.0.1:{probe.getsockname()[1]}"
     environment = os.environ | {"OLLAMA_HOST": host, "MODEL_DIR": str(RUN)}
     environment |= {"DATABASE_URL": f"sqlite:///{scratch}/requests.sqlite3"}
-    command = [sys.executable, "-m", "gunicorn", "--bind", address, "--threads", "64", "--log-level", "critical"]
+    command = [sys.executable, "-m", "gunicorn", "--config", "python:hatespeech.gunicorn_conf", "--bind", address]
     started = time.monotonic()
     process = subprocess.Popen([*command, "app:create_app()"], cwd=ROOT, env=environment, start_new_session=True)
     while True:
