@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 from sqlalchemy import ForeignKey, create_engine, delete, event, func, insert, inspect, select, text, update
 from sqlalchemy.engine import Engine, make_url
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from hatespeech import UserError, task
 
@@ -62,7 +62,6 @@ class Request(Base):
     model_digest: Mapped[str | None]
     prompt_version: Mapped[str]
     calibration: Mapped[str | None]
-    feedback: Mapped[list["Feedback"]] = relationship(order_by="Feedback.id")
 
 
 class Feedback(Base):
