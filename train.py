@@ -87,8 +87,10 @@ def main(settings: Settings) -> None:
         tuning.check_base(settings.model)
         tokenizer = tuning.load_tokenizer(settings.model)
         splits, counts = load_splits(settings, lambda texts: [len(ids) for ids in tuning.encode(tokenizer, texts)])
-        classifier = tuning.load(settings.model, rank=settings.rank, alpha=settings.alpha, seed=settings.seed)
-        prompts = {name: tuning.encode(classifier.tokenizer, part["text"].tolist()) for name, part in splits.items()}
+        classifier = tuning.load(
+            settings.model, tokenizer, rank=settings.rank, alpha=settings.alpha, seed=settings.seed
+        )
+        prompts = {name: tuning.encode(tokenizer, part["text"].tolist()) for name, part in splits.items()}
         score_error = settings.score_error if settings.targets == "soft" else 0.0
         training = tuning.fit(
             classifier,

@@ -83,12 +83,8 @@ def write_weights(classifier, base: str, folder: Path) -> None:
     model = classifier.model
     model.save_pretrained(folder / "adapter")
     (folder / "Modelfile").write_text(MODELFILE)
-    if model.config.model_type in _ROTARY_INTERLEAVED:
+    if model.config.model_type in _ROTARY_INTERLEAVED or base.endswith(".gguf"):
         write_adapter(model, folder / "adapter.gguf")
-    elif base.endswith(".gguf"):
-        raise UserError(
-            f"a {model.config.model_type} adapter can't be merged into a .gguf: give the base as a directory"
-        )
     if base.endswith(".gguf"):
         merge(Path(base), folder / "adapter.gguf", folder / "model.gguf")
         return
@@ -108,9 +104,8 @@ def write_weights(classifier, base: str, folder: Path) -> None:
 def name_pretokenizer(gguf_path: Path, tokenizer) -> None:
     """Where Ollama's converter did not know a tokenizer's way to split words and wrote `default`, write what it is.
 
-    Known here: digits one by one (SmolLM's), and GPT-2's own. Others stay; check_served tells if that was wrong.
+    Known here: digits one by one (SmolLM's), and GPT-2's own. Others stay; train.finish_gguf tells if that is wrong.
     """
-
     file = _read(gguf_path)
     entry = file.get_field("tokenizer.ggml.pre")
     if entry is None or entry.contents() != "default":
@@ -124,7 +119,7 @@ def name_pretokenizer(gguf_path: Path, tokenizer) -> None:
     writer = start_gguf(part, file, {"tokenizer.ggml.pre": name})
     for tensor in file.tensors:
         writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-    finish_gguf(writer, part, gguf_path)
+    write_gguf(writer, part, gguf_path)
 
 
 def model_card(name: str, run: dict, table: str) -> str:
@@ -175,7 +170,8 @@ def write_adapter(model, path: Path) -> None:
     model_type = model.config.model_type
     if model_type not in _ROTARY_INTERLEAVED:
         raise UserError(
-            f"adapters of {model_type} models can't be written as GGUF (only {', '.join(_ROTARY_INTERLEAVED)})"
+            f"adapters of {model_type} models can't be written as GGUF (only {', '.join(_ROTARY_INTERLEAVED)}): "
+            "give the base as a directory or hub id"
         )
     config, lora = model.config, model.peft_config["default"]
     arch = _ROTARY_INTERLEAVED[model_type]
@@ -195,7 +191,7 @@ def write_adapter(model, path: Path) -> None:
         if name is None:
             raise UserError(f"no GGUF name is known for the adapted layer {module}")
         writer.add_tensor(f"{name}.weight.lora_{which.lower()}", np.ascontiguousarray(values, dtype=np.float16))
-    finish_gguf(writer, part, path)
+    write_gguf(writer, part, path)
 
 
 def merge(base: Path, adapter: Path, merged: Path) -> None:
@@ -223,7 +219,7 @@ def merge(base: Path, adapter: Path, merged: Path) -> None:
             a, b = (lora[f"{tensor.name}.lora_{which}"].astype(np.float64) for which in "ab")
             weight = weight + (alpha / len(a)) * (b @ a)
         writer.add_tensor(tensor.name, weight.astype(np.float32 if weight.ndim == 1 else np.float16))
-    finish_gguf(writer, part, merged)
+    write_gguf(writer, part, merged)
 
 
 def start_gguf(path: Path, like, changes: dict[str, object]):
@@ -239,7 +235,7 @@ def start_gguf(path: Path, like, changes: dict[str, object]):
     return writer
 
 
-def finish_gguf(writer, part: Path, path: Path) -> None:
+def write_gguf(writer, part: Path, path: Path) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

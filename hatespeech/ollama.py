@@ -77,7 +77,7 @@ def private_server(scratch: Path) -> Iterator[str]:
             ["ollama", "serve"], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         try:
-            for _ in range(100):
+            for _ in range(300):
                 try:
                     Ollama(host, "none", ()).version()
                     break

@@ -147,12 +147,7 @@ class Service:
             score=score,
             confidence=confidence,
             abstain=abstain,
-            model={
-                "name": self.ollama.model,
-                "digest": digest,
-                "prompt_version": task.PROMPT_VERSION,
-                "calibrated": calibration is not None,
-            },
+            model=self._provenance(digest, calibration),
             duration_ms=duration_ms,
         )
 
@@ -167,11 +162,14 @@ class Service:
         self.ollama.version()
         digest = self.ollama.digest()
         calibration, why_not = self.calibration_for(digest)
-        model = {"name": self.ollama.model, "digest": digest, "prompt_version": task.PROMPT_VERSION}
+        return {"status": "OK", "model": self._provenance(digest, calibration), "uncalibrated_because": why_not}
+
+    def _provenance(self, digest: str, calibration: Calibration | None) -> dict:
         return {
-            "status": "OK",
-            "model": model | {"calibrated": calibration is not None},
-            "uncalibrated_because": why_not,
+            "name": self.ollama.model,
+            "digest": digest,
+            "prompt_version": task.PROMPT_VERSION,
+            "calibrated": calibration is not None,
         }
 
 

@@ -72,14 +72,13 @@ def check_base(base: str) -> None:
         )
 
 
-def load(base: str, *, rank: int, alpha: int, seed: int) -> Classifier:
+def load(base: str, tokenizer, *, rank: int, alpha: int, seed: int) -> Classifier:
     """The base with a fresh LoRA on every linear layer: 4 bit through unsloth on CUDA, else fp32 through PEFT.
 
-    base: hub id, local directory, or .gguf file.
+    base: hub id, local directory, or .gguf file. tokenizer: of load_tokenizer.
     """
     import torch
 
-    tokenizer = load_tokenizer(base)
     lora = {
         "r": rank,
         "lora_alpha": alpha,

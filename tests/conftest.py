@@ -14,7 +14,7 @@ import pytest
 
 from app import create_app
 from hatespeech import export
-from hatespeech.ollama import Ollama, OllamaError, model_name
+from hatespeech.ollama import Ollama, model_name, private_server
 
 ROOT = Path(__file__).parent.parent
 BASE = ROOT / ".cache" / "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -45,20 +45,8 @@ def tokenizer(base_gguf):
 def ollama_host(tmp_path_factory):
     """An Ollama of the tests' own: host:port."""
     assert shutil.which("ollama"), "no ollama command: ./bootstrap.sh test gets it"
-    host, folder = f"127.0.0.1:{free_port()}", tmp_path_factory.mktemp("ollama")
-    environment = os.environ | {"OLLAMA_HOST": host, "OLLAMA_MODELS": str(folder / "models")}
-    with open(folder / "serve.log", "w") as log:
-        server = subprocess.Popen(["ollama", "serve"], env=environment, stdout=log, stderr=log)
-    probe = Ollama(host, "none", ())
-    for _ in range(120):
-        try:
-            probe.version()
-            break
-        except OllamaError:
-            time.sleep(0.25)
-    yield host
-    server.terminate()
-    server.wait()
+    with private_server(tmp_path_factory.mktemp("ollama")) as host:
+        yield host
 
 
 @pytest.fixture(scope="session")

@@ -128,10 +128,7 @@ def test_a_misordered_adapter_would_be_seen(trained, create, base_gguf, texts, t
         if layer in heads and tensor.name.endswith("lora_b"):
             values = values.reshape(heads[layer], -1, 2, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
         writer.add_tensor(tensor.name, np.ascontiguousarray(values))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    export.write_gguf(writer, tmp_path / "adapter.gguf", tmp_path / "adapter.gguf")
     export.merge(base_gguf, tmp_path / "adapter.gguf", tmp_path / "model.gguf")
     for name in ("Modelfile", "settings.json"):
         shutil.copy(trained / name, tmp_path)

@@ -14,7 +14,6 @@ import json
 import os
 import platform
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -31,9 +30,8 @@ import requests
 
 import train
 from hatespeech import export, ollama, task
+from tests.conftest import ROOT, RUN, free_port
 
-ROOT = Path(__file__).parent.parent.parent
-RUN = ROOT / "results" / "smollm2-135m"
 CLIENTS = (1, 4, 16)
 
 
@@ -68,9 +66,7 @@ def load(call: Callable[[str], None], texts: list[str], clients: int, seconds: f
 
 def start_app(host: str, scratch: str) -> tuple[subprocess.Popen, str, float]:
     """gunicorn as bootstrap.sh starts it: its process, URL and the seconds to its first answer."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     environment = os.environ | {"OLLAMA_HOST": host, "MODEL_DIR": str(RUN)}
     environment |= {"DATABASE_URL": f"sqlite:///{scratch}/requests.sqlite3"}
     command = [sys.executable, "-m", "gunicorn", "--config", "python:hatespeech.gunicorn_conf", "--bind", address]
@@ -112,7 +108,7 @@ def in_format(name: str, folder: Path) -> Path:
             writer.add_tensor(tensor.name, values)
         else:
             writer.add_tensor(tensor.name, gguf.quantize(values, kind), raw_dtype=kind)
-    export.finish_gguf(writer, path, path)
+    export.write_gguf(writer, path, path)
     (folder / "Modelfile").write_text(export.MODELFILE)
     return folder
 
