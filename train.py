@@ -4,6 +4,7 @@ python -m train                                                      # MHS, Mist
 python -m train --model HuggingFaceTB/SmolLM2-135M-Instruct          # a small base; trains on a CPU too
 python -m train --dataset rows.csv --output results/mine             # your own rows: CSV, JSONL or Parquet
 python -m train --evaluate-only --output results/mine                # measure a run as Ollama serves it
+torchrun --nproc-per-node 4 -m train                                 # several GPUs
 MODEL_DIR=results/mine ./bootstrap.sh                                # serve it
 """
 
@@ -15,6 +16,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -52,12 +54,14 @@ class Settings:
     """hard: the score's class. soft: class probabilities, from the score and its error."""
     score_error: float = 0.5
     """The score's standard error, on its own scale, for soft targets."""
+    class_weights: Literal["none", "balanced"] = "none"
+    """balanced: every class counts the same in the loss, however rare."""
     epochs: float = 2.0
     """Passes over the training comments."""
     learning_rate: float = 2e-4
     """AdamW's, after warm-up. 1e-3 suits a base as small as SmolLM2-135M."""
     batch_size: int = 64
-    """Comments an optimizer step."""
+    """Comments an optimizer step; how many are computed at once follows from the free memory."""
     rank: int = 16
     """Rank of the LoRA on every linear layer."""
     alpha: int = 32
@@ -69,6 +73,8 @@ class Settings:
     """Comments held out for the reported metrics. Not used with --test-dataset."""
     calibrate_on: Literal["validation", "test"] = "validation"
     """test: where only the test labels are sound. Its metrics are then cross-fitted: no comment calibrates itself."""
+    checkpoint_every_s: float = 60.0
+    """Save progress so often. The same command goes on from it after Ctrl-C, kill -9 or a power cut."""
     max_steps: int | None = None
     """Stop after so many optimizer steps: a trial run."""
     seed: int = 0
@@ -83,7 +89,7 @@ def main(settings: Settings) -> None:
     folder = settings.output or Path("results") / Path(settings.model).stem.lower()
     if settings.evaluate_only:
         return evaluate_as_served(folder)
-    with export.run_folder(folder) as work:
+    with tuning.processes() as rank, nullcontext() if rank else export.run_folder(folder) as work:
         tuning.check_base(settings.model)
         tokenizer = tuning.load_tokenizer(settings.model)
         splits, counts = load_splits(settings, lambda texts: [len(ids) for ids in tuning.encode(tokenizer, texts)])
@@ -91,26 +97,37 @@ def main(settings: Settings) -> None:
             settings.model, tokenizer, rank=settings.rank, alpha=settings.alpha, seed=settings.seed
         )
         prompts = {name: tuning.encode(tokenizer, part["text"].tolist()) for name, part in splits.items()}
-        score_error = settings.score_error if settings.targets == "soft" else 0.0
         training = tuning.fit(
             classifier,
             prompts["train"],
-            data.soft_targets(splits["train"]["score"], score_error),
+            targets_of(splits["train"], settings),
             steps=settings.max_steps or max(1, round(settings.epochs * len(prompts["train"]) / settings.batch_size)),
             batch_size=settings.batch_size,
             learning_rate=settings.learning_rate,
             seed=settings.seed,
+            checkpoint=work and work / export.CHECKPOINT,
+            checkpoint_every_s=settings.checkpoint_every_s,
         )
+        if rank:
+            return
         export.write_json(work / "settings.json", provenance(settings, splits, counts, classifier, training))
         export.write_json(work / "splits.json", {name: part["comment_id"].tolist() for name, part in splits.items()})
         probabilities = {}
         for name in sorted(splits.keys() - {"train"}, key=lambda name: name != settings.calibrate_on):
             probabilities[name] = np.apply_along_axis(task.softmax, 1, tuning.predict(classifier, prompts[name]))
             record(work, splits, name, "torch", probabilities[name])
-        texts, expected = splits["test"]["text"][:20].tolist(), probabilities["test"][:20]
         export.write_weights(classifier, settings.model, work)
-        finish_gguf(work, classifier, texts, expected)
+        finish_gguf(work, classifier, splits["test"]["text"][:20].tolist(), probabilities["test"][:20])
     print(f"\n{(folder / 'report.txt').read_text()}\n{folder} is complete. Serve it: MODEL_DIR={folder} ./bootstrap.sh")
+
+
+def targets_of(train: pd.DataFrame, settings: Settings) -> np.ndarray:
+    """(n, 3) what to learn of each training comment: class probabilities, times its class's weight."""
+    targets = data.soft_targets(train["score"], settings.score_error if settings.targets == "soft" else 0.0)
+    if settings.class_weights == "balanced":  # as scikit-learn's: n / (number of classes * comments of the class)
+        share = train["label"].value_counts(normalize=True)
+        targets *= (1 / (len(task.LABELS) * train["label"].map(share))).to_numpy()[:, None]
+    return targets
 
 
 def load_splits(settings: Settings, count_tokens=None) -> tuple[dict[str, pd.DataFrame], dict]:
@@ -269,4 +286,4 @@ if __name__ == "__main__":
     except UserError as error:
         sys.exit(f"train: {error}")
     except KeyboardInterrupt:
-        sys.exit("train: stopped; nothing was exported")
+        sys.exit("train: stopped. The same command goes on from the last checkpoint, if training had begun")

@@ -27,6 +27,9 @@ PARAMETER temperature 0
 PARAMETER repeat_penalty 1
 '''
 
+# Training's progress (checkpoint.py) in the folder of an unfinished run.
+CHECKPOINT = "checkpoint.pt"
+
 # Architectures whose GGUF stores the q and k rows of each head with the two rotary halves interleaved.
 _ROTARY_INTERLEAVED = {"llama": "llama", "mistral": "llama"}
 
@@ -34,6 +37,8 @@ _ROTARY_INTERLEAVED = {"llama": "llama", "mistral": "llama"}
 @contextmanager
 def run_folder(folder: Path) -> Iterator[Path]:
     """Work in `<folder>.incomplete`, which becomes `<folder>` when all is written and stays visible when not.
+
+    What an unfinished run left there goes, but for its checkpoint.
 
     Raises UserError where the folder exists, or where another run is writing it.
     """
@@ -46,12 +51,13 @@ def run_folder(folder: Path) -> Iterator[Path]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise UserError(f"another run is writing {work}: wait for it, or choose another --output") from error
-        leftovers = [path for path in work.iterdir() if path.name != ".lock"]
-        if leftovers:
-            print(f"{work} is left from a run that did not finish: starting it again from nothing")
-            for path in leftovers:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        leftovers = [path for path in work.iterdir() if path.name not in (".lock", CHECKPOINT)]
+        for path in leftovers:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if leftovers or (work / CHECKPOINT).exists():
+            print(f"{work} is left from a run that did not finish; of it, only its checkpoint is of use")
         yield work
+        (work / CHECKPOINT).unlink(missing_ok=True)
         (work / ".lock").unlink()
         work.rename(folder)
 

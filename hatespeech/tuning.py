@@ -1,24 +1,35 @@
-"""Base model + LoRA + the training loop. The only module that knows torch and unsloth.
+"""Base model + LoRA + the training loop. The only module that knows unsloth.
 
 One forward pass decides: the label is the first token after the prompt, so loss and prediction need the logits of that
-one position. Rows are padded on the right, where a causal model never looks back at the padding, so no mask is needed.
+one position. Prompts are packed behind one copy of their common instruction (packing.py), as many at once as the GPU's
+memory holds. Under torchrun each process takes its share of every batch, and the gradients are summed.
 """
 
+import hashlib
+import inspect
 import os
 import platform
+import signal
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from hatespeech import UserError, task
+from hatespeech import UserError, packing, task
+from hatespeech.checkpoint import Checkpoint, stop_asked
 
-# A CPU trains bases up to this size in reasonable time (SmolLM2-135M: about 2 rows/s a core).
+# A CPU trains bases up to this size in reasonable time (SmolLM2-135M: about 3 rows/s a core).
 MAX_CPU_PARAMETERS = 1_000_000_000
+# Without FlexAttention, attention over a bin costs the square of its length.
+BIN_TOKENS = {"cuda": 2048, "cpu": 512}
+# More at once is no faster, and unsloth's kernels count elements in 32 bits.
+MAX_TOKENS_AT_ONCE = 65_536
+# The models of unsloth's whose attention, but for the mask, is what FlexAttention computes.
+_FLEX_MODELS = ("llama", "mistral", "qwen2", "qwen3")
 
 
 @dataclass
@@ -26,11 +37,15 @@ class Classifier:
     """A causal language model with LoRA, read at the label position.
 
     label_ids: the first token of each of task.COMPLETIONS, all different.
+    share_prefix: whether its attention takes packing's mask; else prompts are padded.
+    tokens_at_once: what one forward and backward pass takes; on a GPU fit sets it to what the memory holds.
     """
 
     model: object
     tokenizer: object
     label_ids: tuple[int, ...]
+    share_prefix: bool = True
+    tokens_at_once: int = 2048
 
     @property
     def label_tokens(self) -> list[str]:
@@ -92,9 +107,13 @@ def load(base: str, tokenizer, *, rank: int, alpha: int, seed: int) -> Classifie
 
             with _as_directory(base, tokenizer) as directory:
                 model, _ = FastLanguageModel.from_pretrained(
-                    directory, max_seq_length=task.CONTEXT_TOKENS, load_in_4bit=True
+                    directory,
+                    max_seq_length=task.CONTEXT_TOKENS,
+                    load_in_4bit=True,
+                    device_map={"": torch.cuda.current_device()},
                 )
             model = FastLanguageModel.get_peft_model(model, **lora, use_gradient_checkpointing=False, random_state=seed)
+            attention_takes_masks = _teach_unsloth_masks(model)
         else:
             from peft import LoraConfig, get_peft_model
             from transformers import AutoModelForCausalLM
@@ -102,8 +121,16 @@ def load(base: str, tokenizer, *, rank: int, alpha: int, seed: int) -> Classifie
             print("no CUDA GPU: training in fp32 on the CPU through transformers + PEFT, which is slow")
             model = AutoModelForCausalLM.from_pretrained(**_location(base), dtype=torch.float32)
             model = get_peft_model(model, LoraConfig(**lora, task_type="CAUSAL_LM"))
+            attention_takes_masks = True
     model.peft_config["default"].base_model_name_or_path = base
-    return Classifier(model, tokenizer, label_ids(tokenizer))
+    # A window that a prompt may outgrow is not in packing's mask.
+    share_prefix = (
+        attention_takes_masks
+        and (getattr(model.config, "sliding_window", None) or task.CONTEXT_TOKENS) >= task.CONTEXT_TOKENS
+    )
+    if not share_prefix:
+        print(f"{model.config.model_type}: its attention takes no mask of ours, so prompts are padded, which is slower")
+    return Classifier(model, tokenizer, label_ids(tokenizer), share_prefix)
 
 
 def label_ids(tokenizer) -> tuple[int, ...]:
@@ -133,18 +160,32 @@ def encode(tokenizer, texts: Sequence[str]) -> list[list[int]]:
     return tokenizer([task.prompt(text) for text in texts]).input_ids
 
 
-def label_logprobs(classifier: Classifier, prompts: Sequence[list[int]]):
-    """(n, 3) tensor: natural log-probabilities of the three labels among the whole vocabulary."""
+def label_logprobs(classifier: Classifier, bins: packing.Bins):
+    """(n, 3) tensor, in the order of bins.rows: natural log-probabilities of the labels among the whole vocabulary."""
     import torch
 
     causal = classifier.model.get_base_model()
     device = next(causal.parameters()).device
-    ends = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)
-    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True).to(device)
+    if not bins.masked:
+        mask = {}
+    elif device.type == "cuda":
+        mask = {"causal_mask": packing.block_mask(bins.segments, device)}
+    else:
+        mask = {"attention_mask": packing.dense_mask(torch.from_numpy(bins.segments))}
+    ids, positions, ends = (
+        packing.to_device(array, device)
+        for array in (bins.ids, bins.positions, bins.bins * bins.ids.shape[1] + bins.ends)
+    )
     with torch.autocast("cuda", _cuda_dtype()) if device.type == "cuda" else nullcontext():
-        hidden = causal.get_decoder()(input_ids=ids, use_cache=False)[0]
-        logits = causal.get_output_embeddings()(hidden[torch.arange(len(prompts), device=device), ends])
+        hidden = causal.get_decoder()(input_ids=ids, position_ids=positions, use_cache=False, **mask)[0]
+        logits = causal.get_output_embeddings()(hidden.flatten(0, 1).index_select(0, ends))
     return logits.float().log_softmax(-1)[:, list(classifier.label_ids)]
+
+
+def pieces(classifier: Classifier, prompts: Sequence[list[int]]) -> Iterator[packing.Bins]:
+    """The prompts as the model takes them: packed where its attention allows, as many at once as its memory allows."""
+    bin_tokens = BIN_TOKENS[next(classifier.model.parameters()).device.type]
+    return packing.pieces(prompts, classifier.tokens_at_once, bin_tokens=bin_tokens, share=classifier.share_prefix)
 
 
 def fit(
@@ -156,83 +197,129 @@ def fit(
     batch_size: int,
     learning_rate: float,
     seed: int,
+    checkpoint: Path | None = None,
+    checkpoint_every_s: float = 60.0,
 ) -> dict[str, float]:
     """Train the LoRA on class probabilities; return seconds, rows/s, peak memory (GB) and the loss of the last tenth.
 
-    targets: (n, 3), rows sum to 1. The loss is the cross-entropy over the whole vocabulary at the label position.
-    AdamW, linear warm-up over 5 % of the steps, then a cosine to 0. A batch that does not fit the GPU's memory is
-    taken in halves: same gradients, said once. Raises UserError where not even one row fits.
+    targets: (n, 3), weighted by class or not. The loss is the cross-entropy over the whole vocabulary at the label
+    position, its mean over the batch. AdamW, linear warm-up over 5 % of the steps, then a cosine to 0.
+
+    checkpoint: a file, written as often as said, at the end, and when SIGINT or SIGTERM asks to stop, which then raises
+    KeyboardInterrupt. Where it holds a run of these very arguments, training goes on from it.
+    Raises UserError where the GPU's memory can't hold one row, or the loss is no finite number.
     """
     import torch
     from tqdm.auto import tqdm
     from transformers import get_cosine_schedule_with_warmup
 
-    cuda = torch.cuda.is_available()
+    cuda, (rank, world_size) = torch.cuda.is_available(), _rank()
     weights = [parameter for parameter in classifier.model.parameters() if parameter.requires_grad]
+    for weight in weights:
+        weight.grad = torch.zeros_like(weight)
     optimizer = torch.optim.AdamW(weights, lr=learning_rate, weight_decay=0.0, fused=cuda)
     schedule = get_cosine_schedule_with_warmup(optimizer, round(0.05 * steps), steps)
     scaler = torch.amp.GradScaler("cuda", enabled=cuda and _cuda_dtype() == torch.float16)
-    batches = _batches([len(prompt) for prompt in prompts], batch_size, seed)
-    goals = torch.tensor(targets, dtype=torch.float32, device="cuda" if cuda else "cpu")
-
-    def backward(batch: np.ndarray) -> float:
-        loss = -(goals[batch] * label_logprobs(classifier, [prompts[i] for i in batch])).sum() / len(rows)
-        scaler.scale(loss).backward()
-        return loss.item()
-
+    lora = classifier.model.peft_config["default"]
+    settings = (lora.base_model_name_or_path, lora.r, lora.lora_alpha, steps, batch_size, learning_rate, seed)
+    key = _digest(settings, prompts, targets)
+    done = Checkpoint(checkpoint, key, weights, [optimizer, schedule, scaler])
+    done.resume()
     classifier.model.train()
     if cuda:
+        _fit_memory(classifier, prompts, weights)
         torch.cuda.reset_peak_memory_stats()
-    piece, losses, n_rows, started = batch_size, [], 0, time.monotonic()
-    progress = tqdm(range(steps), desc="training", unit="step", mininterval=1.0)
-    for _ in progress:
-        rows = next(batches)
-        while True:
+
+    def backward(rows: np.ndarray) -> torch.Tensor:
+        mine, total = rows[rank::world_size], torch.zeros((), device=weights[0].device)
+        for piece in pieces(classifier, [prompts[row] for row in mine]) if len(mine) else ():
+            goal = packing.to_device(targets[mine[piece.rows]].astype(np.float32), total.device)
+            loss = -(goal * label_logprobs(classifier, piece)).sum() / len(rows)
+            scaler.scale(loss).backward()
+            total += loss.detach()
+        return total
+
+    batches = _batches(len(prompts), batch_size, seed, skip=done.step)
+    progress = tqdm(total=steps, initial=done.step, desc="training", unit="step", mininterval=1.0, disable=rank > 0)
+    started = clock = shown = time.monotonic()
+    rows_before = done.rows
+    with stop_asked() as stop, progress:
+        while done.step < steps and not stop:
+            rows = next(batches)
             try:
-                loss = sum(backward(rows[i : i + piece]) for i in range(0, len(rows), piece))
-                break
+                loss = backward(rows)
             except torch.cuda.OutOfMemoryError:
-                optimizer.zero_grad()
-                torch.cuda.empty_cache()
-                if piece == 1:
-                    raise UserError("the GPU's memory can't hold one row: choose a smaller base with --model") from None
-                piece = (piece + 1) // 2
-                progress.write(f"a batch of {batch_size} rows is too large for the GPU's memory: {piece} at a time")
-        scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(weights, 1.0)
-        scaler.step(optimizer)
-        scaler.update()
-        schedule.step()
-        optimizer.zero_grad()
-        losses.append(loss)
-        n_rows += len(rows)
-        progress.set_postfix(
-            loss=f"{np.mean(losses[-20:]):.3f}", rows_per_s=f"{n_rows / (time.monotonic() - started):.0f}"
-        )
-    seconds = time.monotonic() - started
+                _halve(classifier, optimizer, progress)
+                loss = backward(rows)
+            if world_size > 1:
+                loss, asked = _sum_over_processes(weights, loss, bool(stop))
+                stop += [signal.SIGTERM] * asked  # all stop after the same step, whichever of them was asked
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(weights, 1.0)
+            scaler.step(optimizer)
+            scaler.update()
+            schedule.step()
+            optimizer.zero_grad(set_to_none=False)
+            done.losses.append(loss)
+            done.step, done.rows = done.step + 1, done.rows + len(rows)
+            progress.update()
+            if time.monotonic() - shown > 1 or done.step == steps or stop:  # reading the loss waits for the GPU
+                recent, shown = torch.stack(done.losses[-20:]).mean().item(), time.monotonic()
+                rate = (done.rows - rows_before) / (shown - started)
+                progress.set_postfix(loss=f"{recent:.3f}", rows_per_s=f"{rate:.0f}")
+                done.seconds, clock = done.seconds + shown - clock, shown
+                if not np.isfinite(recent):
+                    raise UserError(f"the loss is {recent} at step {done.step}: try a smaller --learning-rate")
+            due = done.step == steps or stop or time.monotonic() - done.saved_at > checkpoint_every_s
+            if rank == 0 and due and (failure := done.save()):
+                progress.write(failure)
+    if done.step < steps:
+        raise KeyboardInterrupt
     return {
         "steps": steps,
-        "rows": n_rows,
-        "seconds": round(seconds, 1),
-        "rows_per_s": round(n_rows / seconds, 1),
+        "rows": done.rows,
+        "seconds": round(done.seconds, 1),
+        "rows_per_s": round(done.rows / max(done.seconds, 1e-9), 1),
+        "processes": world_size,
+        "tokens_at_once": classifier.tokens_at_once,
         "peak_memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2) if cuda else None,
-        "last_loss": round(float(np.mean(losses[-max(1, steps // 10) :])), 4),
+        "last_loss": round(torch.stack(done.losses[-max(1, steps // 10) :]).mean().item(), 4),
     }
 
 
-def predict(classifier: Classifier, prompts: Sequence[list[int]], batch_size: int = 64) -> np.ndarray:
+def predict(classifier: Classifier, prompts: Sequence[list[int]]) -> np.ndarray:
     """(n, 3) log-probabilities of the labels among the whole vocabulary, in the prompts' order."""
     import torch
     from tqdm.auto import tqdm
 
     classifier.model.eval()
-    order = np.argsort([len(prompt) for prompt in prompts], kind="stable")
     logprobs = np.empty((len(prompts), len(task.LABELS)))
-    with torch.no_grad():
-        for start in tqdm(range(0, len(order), batch_size), desc="predicting", unit="batch", mininterval=1.0):
-            rows = order[start : start + batch_size]
-            logprobs[rows] = label_logprobs(classifier, [prompts[i] for i in rows]).cpu().numpy()
+    with torch.no_grad(), tqdm(total=len(prompts), desc="predicting", unit="row", mininterval=1.0) as progress:
+        for start in range(0, len(prompts), 1024):
+            for piece in pieces(classifier, prompts[start : start + 1024]):
+                logprobs[start + piece.rows] = label_logprobs(classifier, piece).cpu().numpy()
+                progress.update(len(piece.rows))
     return logprobs
+
+
+@contextmanager
+def processes() -> Iterator[int]:
+    """Join the other processes, where torchrun started this one; yields the rank. Only process 0 prints."""
+    rank, world_size = _rank()
+    if world_size == 1:
+        yield rank
+        return
+    import torch
+    from torch import distributed
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        with open(os.devnull, "w") as nowhere, nullcontext() if rank == 0 else redirect_stdout(nowhere):
+            yield rank
+    finally:
+        distributed.destroy_process_group()
 
 
 def hardware() -> str:
@@ -245,17 +332,116 @@ def hardware() -> str:
     return f"CPU ({platform.machine()}), {torch.get_num_threads()} threads"
 
 
-def _batches(lengths: Sequence[int], batch_size: int, seed: int) -> Iterator[np.ndarray]:
-    """Row numbers, without end: shuffled, then sorted by length within 16 batches, so that little is padding."""
+def _batches(n: int, batch_size: int, seed: int, skip: int) -> Iterator[np.ndarray]:
+    """Row numbers, shuffled anew in each epoch, without end; the first `skip` batches left out."""
     rng = np.random.default_rng(seed)
-    lengths = np.asarray(lengths)
     while True:
-        order, batches = rng.permutation(len(lengths)), []
-        for start in range(0, len(order), 16 * batch_size):
-            bucket = order[start : start + 16 * batch_size]
-            bucket = bucket[np.argsort(lengths[bucket], kind="stable")]
-            batches += [bucket[i : i + batch_size] for i in range(0, len(bucket), batch_size)]
-        yield from (batches[i] for i in rng.permutation(len(batches)))
+        order = rng.permutation(n)
+        for start in range(0, n, batch_size):
+            if skip:
+                skip -= 1
+            else:
+                yield order[start : start + batch_size]
+
+
+def _fit_memory(classifier: Classifier, prompts: Sequence[list[int]], weights: list) -> None:
+    """Set how many tokens the free GPU memory takes at once, by what one pass over a bin needs.
+
+    Where that would not hold the longest prompt, activations are computed again in the backward pass (checkpointing).
+    Raises UserError where even so it does not.
+    """
+    import torch
+
+    needed = min(MAX_TOKENS_AT_ONCE, max(1024, *map(len, prompts)))
+    for checkpointing in (False, True):
+        if checkpointing:
+            classifier.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        classifier.tokens_at_once = BIN_TOKENS["cuda"]
+        while classifier.tokens_at_once >= packing.BLOCK:
+            torch.cuda.empty_cache()
+            free = torch.cuda.mem_get_info()[0] - 8 * sum(weight.numel() for weight in weights)  # AdamW's two moments
+            held = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            try:
+                piece = next(pieces(classifier, prompts[: classifier.tokens_at_once // 16]))
+                label_logprobs(classifier, piece).sum().backward()
+            except torch.cuda.OutOfMemoryError:
+                classifier.tokens_at_once //= 2
+                continue
+            finally:
+                for weight in weights:
+                    weight.grad.zero_()
+            bytes_a_token = (torch.cuda.max_memory_allocated() - held) / piece.ids.size
+            classifier.tokens_at_once = min(MAX_TOKENS_AT_ONCE, int(0.85 * free / bytes_a_token))
+            if classifier.tokens_at_once < needed:
+                break
+            torch.cuda.empty_cache()
+            print(
+                f"{free / 1e9:.0f} GB of GPU memory are free, {1000 * bytes_a_token / 1e9:.2f} GB hold 1,000 tokens: "
+                f"{classifier.tokens_at_once:,} tokens at once{', activations computed twice' if checkpointing else ''}"
+            )
+            return
+    raise UserError("the GPU's memory can't hold the longest comment: choose a smaller base with --model")
+
+
+def _halve(classifier: Classifier, optimizer, progress) -> None:
+    """After the GPU ran out of memory, which others may use too: half as many tokens at once."""
+    import torch
+
+    if classifier.tokens_at_once <= packing.BLOCK:
+        raise UserError("the GPU's memory can't hold one row: choose a smaller base with --model") from None
+    optimizer.zero_grad(set_to_none=False)
+    torch.cuda.empty_cache()
+    classifier.tokens_at_once //= 2
+    progress.write(f"out of GPU memory: going on with {classifier.tokens_at_once:,} tokens at once")
+
+
+def _rank() -> tuple[int, int]:
+    """This process's number and how many there are, as torchrun says."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _sum_over_processes(weights: list, loss, stop: bool) -> tuple[object, bool]:
+    """Sum all processes' gradients, in place; the summed loss, and whether one of them was asked to stop."""
+    import torch
+    from torch import distributed
+
+    flat = torch.cat([weight.grad.flatten() for weight in weights] + [loss.view(1), loss.new_full((1,), stop)])
+    distributed.all_reduce(flat)
+    for weight, summed in zip(weights, flat[:-2].split([weight.numel() for weight in weights]), strict=True):
+        weight.grad.copy_(summed.view_as(weight))
+    return flat[-2].clone(), bool(flat[-1] > 0)
+
+
+def _digest(*values: object) -> str:
+    """sha256 that names a run by its base, settings and data."""
+    digest = hashlib.sha256()
+    for value in values:
+        digest.update(value.tobytes() if isinstance(value, np.ndarray) else repr(value).encode())
+    return digest.hexdigest()
+
+
+def _teach_unsloth_masks(model) -> bool:
+    """Let unsloth's attention compute with a BlockMask, which its models hand through as `causal_mask`.
+
+    False where its attention for this kind of model is not known to take one.
+    """
+    import torch
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+    attention = type(model.get_base_model().get_decoder().layers[0].self_attn)
+    namespace = inspect.unwrap(attention.forward).__globals__
+    if model.config.model_type not in _FLEX_MODELS or "run_attention" not in namespace:
+        return False
+    dense, flex = namespace["run_attention"], torch.compile(flex_attention, dynamic=True)
+
+    def run_attention(*, config, context, Q, K, V):
+        if not isinstance(context.causal_mask, BlockMask):
+            return dense(config=config, context=context, Q=Q, K=K, V=V)
+        return flex(Q, K, V, block_mask=context.causal_mask, enable_gqa=config.n_groups > 1).transpose(1, 2)
+
+    namespace["run_attention"] = run_attention
+    return True
 
 
 def _cuda_dtype():

@@ -1,0 +1,130 @@
+"""Loss and LoRA gradients of every lever against a naive full forward of one row at a time.
+
+    python -m tests.benchmarks.exactness    # prints; on a CUDA GPU also writes results/benchmarks/exactness.json
+
+A small Llama with random weights, so that nothing is downloaded but its tokenizer. On a CPU all is fp32, and what
+differs is the order of sums. On a GPU it is what training runs, unsloth in 4 bit with bf16 activations: there the
+difference of padded rows, which share nothing, is that of bf16 alone.
+"""
+
+import argparse
+import tempfile
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pandas as pd
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import train
+from hatespeech import export, packing, task, tuning
+from tests.conftest import BASE, ROOT
+
+LENGTHS = (3, 200, 12, 12, 40, 1, 90, 7)
+SHAPE = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+}
+
+
+def random_base(tokenizer, directory: str, **shape: int) -> str:
+    """A Llama with random weights and this tokenizer, in the directory."""
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=len(tokenizer), initializer_range=0.05, **shape)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def random_lora(model) -> None:
+    """A LoRA away from its start, where B is 0 and A has no gradient."""
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+
+
+def naive(classifier, prompt: list[int]):
+    """(3,) label log-probabilities of one row, by the model's own forward over all its positions."""
+    ids = torch.tensor([prompt], device=next(classifier.model.parameters()).device)
+    with torch.autocast("cuda", tuning._cuda_dtype(), enabled=ids.is_cuda):
+        logits = classifier.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    return logits[0, -1].float().log_softmax(-1)[list(classifier.label_ids)]
+
+
+def gradients(classifier, logprobs: Iterator[tuple[list[int], torch.Tensor]], targets: np.ndarray):
+    """Loss and flat LoRA gradient: the cross-entropy, summed over (row numbers, their log-probabilities)."""
+    classifier.model.zero_grad()
+    total = 0.0
+    for rows, values in logprobs:
+        loss = -(torch.tensor(targets[rows], device=values.device) * values).sum()
+        loss.backward()
+        total += loss.item()
+    weights = [parameter for parameter in classifier.model.parameters() if parameter.requires_grad]
+    return total, torch.cat([weight.grad.flatten().double().cpu() for weight in weights])
+
+
+def levers(classifier, prompts: list[list[int]]) -> dict[str, Callable]:
+    def computed(bins) -> Iterator:
+        return ((piece.rows, tuning.label_logprobs(classifier, piece)) for piece in bins)
+
+    def checkpointed() -> Iterator:
+        classifier.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        yield from computed([packing.pack(prompts, 512)])
+        classifier.model.gradient_checkpointing_disable()
+
+    return {
+        "padded rows": lambda: computed([packing.pad(prompts)]),
+        "packed, one bin": lambda: computed([packing.pack(prompts, 2048)]),
+        "packed, several bins": lambda: computed([packing.pack(prompts, 200)]),
+        "packed, a bin at a time": lambda: computed(packing.pieces(prompts, 200, bin_tokens=200, share=True)),
+        "packed, activations computed twice": checkpointed,
+    }
+
+
+def measure(tokenizer) -> pd.DataFrame:
+    """A row a lever: relative difference of loss and gradient (norms), and the gradients' cosine."""
+    with tempfile.TemporaryDirectory() as directory:
+        base = random_base(tokenizer, directory, **SHAPE)
+        tuning.check_base(base)
+        classifier = tuning.load(base, tokenizer, rank=8, alpha=16, seed=0)
+    random_lora(classifier.model)
+    classifier.model.train()
+    words = np.random.default_rng(0).choice(["a", "the", "😀", " no", "\n", "<s>", "words"], sum(LENGTHS))
+    texts = [" ".join(part) for part in np.split(words, np.cumsum(LENGTHS)[:-1])]
+    prompts = tuning.encode(tokenizer, texts)
+    targets = np.random.default_rng(1).dirichlet(np.ones(len(task.LABELS)), len(prompts)).astype(np.float32)
+    one_by_one = (([row], naive(classifier, prompt)[None]) for row, prompt in enumerate(prompts))
+    loss, gradient = gradients(classifier, one_by_one, targets)
+    rows = []
+    for name, lever in levers(classifier, prompts).items():
+        its_loss, its_gradient = gradients(classifier, lever(), targets)
+        rows.append(
+            {
+                "lever": name,
+                "loss_difference": abs(its_loss - loss) / loss,
+                "gradient_difference": ((its_gradient - gradient).norm() / gradient.norm()).item(),
+                "gradient_cosine": torch.cosine_similarity(its_gradient, gradient, dim=0).item(),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokenizer", default=str(BASE), help="a hub id, directory or .gguf file")
+    tokenizer = tuning.load_tokenizer(parser.parse_args().tokenizer)
+    table = measure(tokenizer)
+    print(table.to_string())
+    if torch.cuda.is_available():
+        result = {"command": "python -m tests.benchmarks.exactness", "commit": train.commit()}
+        result |= {"hardware": tuning.hardware(), "versions": train.versions(), "rows": table.to_dict("records")}
+        export.write_json(ROOT / "results" / "benchmarks" / "exactness.json", result)
+
+
+if __name__ == "__main__":
+    main()
