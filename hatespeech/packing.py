@@ -40,20 +40,23 @@ class Bins:
         return Bins(*shared, self.rows[here], self.bins[here] - chosen[0], self.ends[here], self.masked)
 
 
-def pack(prompts: Sequence[list[int]], bin_tokens: int) -> Bins:
-    """Bins of about bin_tokens, evenly filled: each prompt, longest first, goes to the emptiest."""
+def pack(prompts: Sequence[list[int]], bin_tokens: int, unit: int = BLOCK) -> Bins:
+    """Bins of at most about bin_tokens, evenly filled: each prompt, longest first, goes to the emptiest.
+
+    Their length is the longest's, rounded up to a multiple of `unit`, so that few different shapes come.
+    """
     # What the first and the last in order share, all share; a last token remains of each, to be the label's.
     differ = [a != b for a, b in zip(min(prompts), max(prompts), strict=False)]
     shared = min(differ.index(True) if any(differ) else len(differ), *(len(prompt) - 1 for prompt in prompts))
     own = np.array([len(prompt) - shared for prompt in prompts])
-    n_bins = max(1, -(-int(own.sum()) // max(1, bin_tokens - shared)))
+    n_bins = max(1, int(np.ceil(own.sum() / max(1.0, 0.97 * (bin_tokens - shared)))))  # evenly, but not to the token
     heap = [(shared, 0, number) for number in range(n_bins)]
     starts, bins, segments = (np.empty(len(prompts), dtype=np.int64) for _ in range(3))
     for row in np.argsort(-own, kind="stable"):
         filled, n_rows, number = heapq.heappop(heap)
         starts[row], bins[row], segments[row] = filled, number, n_rows + 1
         heapq.heappush(heap, (filled + int(own[row]), n_rows + 1, number))
-    length = -(-max(filled for filled, _, _ in heap) // BLOCK) * BLOCK
+    length = -(-max(filled for filled, _, _ in heap) // unit) * unit
     ids, positions = np.zeros((n_bins, length), dtype=np.int64), np.zeros((n_bins, length), dtype=np.int64)
     segment = np.full((n_bins, length), PADDING, dtype=np.int32)
     ids[:, :shared], positions[:, :shared], segment[:, :shared] = prompts[0][:shared], np.arange(shared), SHARED
@@ -75,12 +78,14 @@ def pad(prompts: Sequence[list[int]]) -> Bins:
     return Bins(ids, positions, np.where(inside, 1, PADDING), rows, rows, lengths - 1, masked=False)
 
 
-def pieces(prompts: Sequence[list[int]], tokens: int, *, bin_tokens: int, share: bool) -> Iterator[Bins]:
+def pieces(prompts: Sequence[list[int]], tokens: int, *, bin_tokens: int, unit: int, share: bool) -> Iterator[Bins]:
     """All the prompts, at most about `tokens` tokens at a time (a bin at least). share: pack, else pad."""
     if share:
-        packed = pack(prompts, min(bin_tokens, tokens))
-        step = max(1, tokens // packed.ids.shape[1])
-        yield from (packed[start : start + step] for start in range(0, len(packed.ids), step))
+        packed = pack(prompts, min(bin_tokens, tokens), unit)
+        n_bins, length = packed.ids.shape
+        n_pieces = -(-n_bins // max(1, tokens // length))
+        step = -(-n_bins // n_pieces)
+        yield from (packed[start : start + step] for start in range(0, n_bins, step))
         return
     order = np.argsort([-len(prompt) for prompt in prompts], kind="stable")
     while len(order):
@@ -99,32 +104,31 @@ def dense_mask(segments):
     return causal & ((keys == SHARED) | (keys == queries))
 
 
-def block_mask(segments: np.ndarray, device):
-    """The same mask for FlexAttention, which skips the blocks that it rules out.
+def blocks(segments: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Which blocks of keys a block of queries needs: those of the shared tokens and from its first prompt's start on.
 
-    segments: (b, T). A block of queries needs the shared tokens' blocks and those from the start of its first prompt.
+    segments: (b, T). Returns how many, (b, 1, T / BLOCK), and their numbers, needed ones first, (b, 1, T / BLOCK,
+    T / BLOCK).
     """
-    from torch.nn.attention.flex_attention import BlockMask
-
     length = segments.shape[1]
     starts = np.maximum.accumulate(np.where(np.diff(segments, axis=1, prepend=-2), np.arange(length), 0), axis=1)
     first = starts[:, ::BLOCK, None] // BLOCK
     shared = -(-(segments == SHARED).sum(axis=1)[:, None, None] // BLOCK)
     query, key = np.ogrid[: length // BLOCK, : length // BLOCK]
     needed = (key <= query) & ((key >= first) | (key < shared))
-    counts, order = needed.sum(axis=2, dtype=np.int32), np.argsort(~needed, axis=2, kind="stable").astype(np.int32)
-    on_device = to_device(segments.astype(np.int32), device)
+    order = np.argsort(~needed, axis=2, kind="stable")
+    return needed.sum(axis=2, dtype=np.int32)[:, None], order.astype(np.int32)[:, None]
+
+
+def block_mask(segments, counts, order):
+    """dense_mask for FlexAttention, which skips what no query needs. segments: (b, T) tensor; the others of blocks."""
+    from torch.nn.attention.flex_attention import BlockMask
 
     def keep(b, h, q, k):
-        return (k <= q) & ((on_device[b, k] == SHARED) | (on_device[b, k] == on_device[b, q]))
+        return (k <= q) & ((segments[b, k] == SHARED) | (segments[b, k] == segments[b, q]))
 
-    return BlockMask.from_kv_blocks(
-        to_device(counts[:, None], device),
-        to_device(order[:, None], device),
-        BLOCK_SIZE=BLOCK,
-        mask_mod=keep,
-        seq_lengths=(length, length),
-    )
+    lengths = (segments.shape[1], segments.shape[1])
+    return BlockMask.from_kv_blocks(counts, order, BLOCK_SIZE=BLOCK, mask_mod=keep, seq_lengths=lengths)
 
 
 def to_device(array: np.ndarray, device):

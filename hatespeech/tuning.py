@@ -6,7 +6,6 @@ memory holds. Under torchrun each process takes its share of every batch, and th
 """
 
 import hashlib
-import inspect
 import os
 import platform
 import signal
@@ -19,17 +18,14 @@ from pathlib import Path
 
 import numpy as np
 
-from hatespeech import UserError, packing, task
+from hatespeech import UserError, gpu, packing, task
 from hatespeech.checkpoint import Checkpoint, stop_asked
 
 # A CPU trains bases up to this size in reasonable time (SmolLM2-135M: about 3 rows/s a core).
 MAX_CPU_PARAMETERS = 1_000_000_000
-# Without FlexAttention, attention over a bin costs the square of its length.
-BIN_TOKENS = {"cuda": 2048, "cpu": 512}
-# More at once is no faster, and unsloth's kernels count elements in 32 bits.
-MAX_TOKENS_AT_ONCE = 65_536
-# The models of unsloth's whose attention, but for the mask, is what FlexAttention computes.
-_FLEX_MODELS = ("llama", "mistral", "qwen2", "qwen3")
+# A bin's length and what it is a multiple of. On a GPU few shapes should come (CUDA graphs); on a CPU, without
+# FlexAttention, attention costs the square of the length.
+BIN_TOKENS = {"cuda": {"bin_tokens": 2048, "unit": 512}, "cpu": {"bin_tokens": 512, "unit": 1}}
 
 
 @dataclass
@@ -113,7 +109,7 @@ def load(base: str, tokenizer, *, rank: int, alpha: int, seed: int) -> Classifie
                     device_map={"": torch.cuda.current_device()},
                 )
             model = FastLanguageModel.get_peft_model(model, **lora, use_gradient_checkpointing=False, random_state=seed)
-            attention_takes_masks = _teach_unsloth_masks(model)
+            attention_takes_masks = gpu.teach_unsloth_masks(model)
         else:
             from peft import LoraConfig, get_peft_model
             from transformers import AutoModelForCausalLM
@@ -162,30 +158,42 @@ def encode(tokenizer, texts: Sequence[str]) -> list[list[int]]:
 
 def label_logprobs(classifier: Classifier, bins: packing.Bins):
     """(n, 3) tensor, in the order of bins.rows: natural log-probabilities of the labels among the whole vocabulary."""
+    device = next(classifier.model.parameters()).device
+    arrays = _inputs(classifier, bins)
+    return _label_logprobs(classifier, **{name: packing.to_device(array, device) for name, array in arrays.items()})
+
+
+def _inputs(classifier: Classifier, bins: packing.Bins) -> dict[str, np.ndarray]:
+    """All that _label_logprobs computes with."""
+    arrays = {"ids": bins.ids, "positions": bins.positions, "ends": bins.bins * bins.ids.shape[1] + bins.ends}
+    arrays["labels"] = np.array(classifier.label_ids)
+    if bins.masked:
+        arrays["segments"] = bins.segments
+        if next(classifier.model.parameters()).is_cuda:
+            arrays["counts"], arrays["order"] = packing.blocks(bins.segments)
+    return arrays
+
+
+def _label_logprobs(classifier: Classifier, *, ids, positions, ends, labels, segments=None, counts=None, order=None):
     import torch
 
-    causal = classifier.model.get_base_model()
-    device = next(causal.parameters()).device
-    if not bins.masked:
-        mask = {}
-    elif device.type == "cuda":
-        mask = {"causal_mask": packing.block_mask(bins.segments, device)}
-    else:
-        mask = {"attention_mask": packing.dense_mask(torch.from_numpy(bins.segments))}
-    ids, positions, ends = (
-        packing.to_device(array, device)
-        for array in (bins.ids, bins.positions, bins.bins * bins.ids.shape[1] + bins.ends)
-    )
-    with torch.autocast("cuda", _cuda_dtype()) if device.type == "cuda" else nullcontext():
+    causal, mask = classifier.model.get_base_model(), {}
+    if counts is not None:
+        mask = {"causal_mask": packing.block_mask(segments, counts, order)}
+    elif segments is not None:
+        mask = {"attention_mask": packing.dense_mask(segments)}
+    # A CUDA graph must not depend on casts that were kept from before it.
+    autocast = torch.autocast("cuda", _cuda_dtype(), cache_enabled=False) if ids.is_cuda else nullcontext()
+    with autocast:
         hidden = causal.get_decoder()(input_ids=ids, position_ids=positions, use_cache=False, **mask)[0]
         logits = causal.get_output_embeddings()(hidden.flatten(0, 1).index_select(0, ends))
-    return logits.float().log_softmax(-1)[:, list(classifier.label_ids)]
+    return logits.float().log_softmax(-1).index_select(1, labels)
 
 
 def pieces(classifier: Classifier, prompts: Sequence[list[int]]) -> Iterator[packing.Bins]:
     """The prompts as the model takes them: packed where its attention allows, as many at once as its memory allows."""
-    bin_tokens = BIN_TOKENS[next(classifier.model.parameters()).device.type]
-    return packing.pieces(prompts, classifier.tokens_at_once, bin_tokens=bin_tokens, share=classifier.share_prefix)
+    device = next(classifier.model.parameters()).device.type
+    return packing.pieces(prompts, classifier.tokens_at_once, **BIN_TOKENS[device], share=classifier.share_prefix)
 
 
 def fit(
@@ -226,17 +234,32 @@ def fit(
     done = Checkpoint(checkpoint, key, weights, [optimizer, schedule, scaler])
     done.resume()
     classifier.model.train()
+
+    def one_pass(tensors: dict) -> torch.Tensor:
+        goals = tensors.pop("goals")
+        loss = -(goals * _label_logprobs(classifier, **tensors)).sum()
+        scaler.scale(loss).backward()
+        return loss.detach()
+
+    def eager(arrays: dict) -> torch.Tensor:
+        return one_pass({name: packing.to_device(array, weights[0].device) for name, array in arrays.items()})
+
+    compute, rows_a_piece = eager, 0
     if cuda:
-        _fit_memory(classifier, prompts, weights)
+        checkpointing = _fit_memory(classifier, prompts, weights)
         torch.cuda.reset_peak_memory_stats()
+        if not checkpointing and torch.cuda.device_count() == 1:
+            compute, rows_a_piece = gpu.Graphs(one_pass), -(-batch_size // world_size)
 
     def backward(rows: np.ndarray) -> torch.Tensor:
         mine, total = rows[rank::world_size], torch.zeros((), device=weights[0].device)
         for piece in pieces(classifier, [prompts[row] for row in mine]) if len(mine) else ():
-            goal = packing.to_device(targets[mine[piece.rows]].astype(np.float32), total.device)
-            loss = -(goal * label_logprobs(classifier, piece)).sum() / len(rows)
-            scaler.scale(loss).backward()
-            total += loss.detach()
+            arrays = _inputs(classifier, piece)
+            arrays["goals"] = (targets[mine[piece.rows]] / len(rows)).astype(np.float32)
+            spare = max(0, rows_a_piece - len(piece.rows))  # label positions of no weight, so that fewer shapes come
+            arrays["ends"] = np.pad(arrays["ends"], (0, spare))
+            arrays["goals"] = np.pad(arrays["goals"], ((0, spare), (0, 0)))
+            total += compute(arrays)
         return total
 
     batches = _batches(len(prompts), batch_size, seed, skip=done.step)
@@ -278,7 +301,7 @@ def fit(
     return {
         "steps": steps,
         "rows": done.rows,
-        "seconds": round(done.seconds, 1),
+        "seconds": round(done.seconds, 2),
         "rows_per_s": round(done.rows / max(done.seconds, 1e-9), 1),
         "processes": world_size,
         "tokens_at_once": classifier.tokens_at_once,
@@ -309,11 +332,12 @@ def processes() -> Iterator[int]:
     if world_size == 1:
         yield rank
         return
+    # Each sees one GPU: where unsloth sees several, it waits for them in every layer.
+    local_rank, visible = os.environ["LOCAL_RANK"], os.environ.get("CUDA_VISIBLE_DEVICES")
+    os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[int(local_rank)] if visible else local_rank
     import torch
     from torch import distributed
 
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     try:
         with open(os.devnull, "w") as nowhere, nullcontext() if rank == 0 else redirect_stdout(nowhere):
@@ -344,44 +368,18 @@ def _batches(n: int, batch_size: int, seed: int, skip: int) -> Iterator[np.ndarr
                 yield order[start : start + batch_size]
 
 
-def _fit_memory(classifier: Classifier, prompts: Sequence[list[int]], weights: list) -> None:
-    """Set how many tokens the free GPU memory takes at once, by what one pass over a bin needs.
+def _fit_memory(classifier: Classifier, prompts: Sequence[list[int]], weights: list) -> bool:
+    """Set tokens_at_once to what the GPU's memory holds; whether activations are then computed twice."""
 
-    Where that would not hold the longest prompt, activations are computed again in the backward pass (checkpointing).
-    Raises UserError where even so it does not.
-    """
-    import torch
+    def run(tokens: int) -> int:
+        classifier.tokens_at_once = tokens
+        piece = next(pieces(classifier, prompts[: tokens // 16]))
+        label_logprobs(classifier, piece).sum().backward()
+        return piece.ids.size
 
-    needed = min(MAX_TOKENS_AT_ONCE, max(1024, *map(len, prompts)))
-    for checkpointing in (False, True):
-        if checkpointing:
-            classifier.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        classifier.tokens_at_once = BIN_TOKENS["cuda"]
-        while classifier.tokens_at_once >= packing.BLOCK:
-            torch.cuda.empty_cache()
-            free = torch.cuda.mem_get_info()[0] - 8 * sum(weight.numel() for weight in weights)  # AdamW's two moments
-            held = torch.cuda.memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
-            try:
-                piece = next(pieces(classifier, prompts[: classifier.tokens_at_once // 16]))
-                label_logprobs(classifier, piece).sum().backward()
-            except torch.cuda.OutOfMemoryError:
-                classifier.tokens_at_once //= 2
-                continue
-            finally:
-                for weight in weights:
-                    weight.grad.zero_()
-            bytes_a_token = (torch.cuda.max_memory_allocated() - held) / piece.ids.size
-            classifier.tokens_at_once = min(MAX_TOKENS_AT_ONCE, int(0.85 * free / bytes_a_token))
-            if classifier.tokens_at_once < needed:
-                break
-            torch.cuda.empty_cache()
-            print(
-                f"{free / 1e9:.0f} GB of GPU memory are free, {1000 * bytes_a_token / 1e9:.2f} GB hold 1,000 tokens: "
-                f"{classifier.tokens_at_once:,} tokens at once{', activations computed twice' if checkpointing else ''}"
-            )
-            return
-    raise UserError("the GPU's memory can't hold the longest comment: choose a smaller base with --model")
+    longest = min(gpu.MAX_TOKENS_AT_ONCE, max(1024, *map(len, prompts)))
+    classifier.tokens_at_once, checkpointing = gpu.tokens_that_fit(run, classifier.model, weights, longest)
+    return checkpointing
 
 
 def _halve(classifier: Classifier, optimizer, progress) -> None:
@@ -419,29 +417,6 @@ def _digest(*values: object) -> str:
     for value in values:
         digest.update(value.tobytes() if isinstance(value, np.ndarray) else repr(value).encode())
     return digest.hexdigest()
-
-
-def _teach_unsloth_masks(model) -> bool:
-    """Let unsloth's attention compute with a BlockMask, which its models hand through as `causal_mask`.
-
-    False where its attention for this kind of model is not known to take one.
-    """
-    import torch
-    from torch.nn.attention.flex_attention import BlockMask, flex_attention
-
-    attention = type(model.get_base_model().get_decoder().layers[0].self_attn)
-    namespace = inspect.unwrap(attention.forward).__globals__
-    if model.config.model_type not in _FLEX_MODELS or "run_attention" not in namespace:
-        return False
-    dense, flex = namespace["run_attention"], torch.compile(flex_attention, dynamic=True)
-
-    def run_attention(*, config, context, Q, K, V):
-        if not isinstance(context.causal_mask, BlockMask):
-            return dense(config=config, context=context, Q=Q, K=K, V=V)
-        return flex(Q, K, V, block_mask=context.causal_mask, enable_gqa=config.n_groups > 1).transpose(1, 2)
-
-    namespace["run_attention"] = run_attention
-    return True
 
 
 def _cuda_dtype():

@@ -9,7 +9,7 @@ difference of padded rows, which share nothing, is that of bf16 alone.
 
 import argparse
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import pandas as pd
@@ -17,8 +17,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import train
-from hatespeech import export, packing, task, tuning
-from tests.conftest import BASE, ROOT
+from hatespeech import export, gpu, packing, task, tuning
+from tests.benchmarks.training import BASE, ROOT
 
 LENGTHS = (3, 200, 12, 12, 40, 1, 90, 7)
 SHAPE = {
@@ -56,34 +56,52 @@ def naive(classifier, prompt: list[int]):
     return logits[0, -1].float().log_softmax(-1)[list(classifier.label_ids)]
 
 
-def gradients(classifier, logprobs: Iterator[tuple[list[int], torch.Tensor]], targets: np.ndarray):
-    """Loss and flat LoRA gradient: the cross-entropy, summed over (row numbers, their log-probabilities)."""
-    classifier.model.zero_grad()
-    total = 0.0
-    for rows, values in logprobs:
-        loss = -(torch.tensor(targets[rows], device=values.device) * values).sum()
+def levers(classifier, prompts: list[list[int]], targets: np.ndarray) -> dict[str, Callable[[], float]]:
+    """By name: adds to the LoRA's gradients and returns the loss, the cross-entropy summed over all rows."""
+
+    def backward(rows, logprobs) -> float:
+        loss = -(torch.tensor(targets[rows], device=logprobs.device) * logprobs).sum()
         loss.backward()
-        total += loss.item()
-    weights = [parameter for parameter in classifier.model.parameters() if parameter.requires_grad]
-    return total, torch.cat([weight.grad.flatten().double().cpu() for weight in weights])
+        return loss.item()
 
+    def computed(bins: Iterable[packing.Bins]) -> float:
+        return sum(backward(piece.rows, tuning.label_logprobs(classifier, piece)) for piece in bins)
 
-def levers(classifier, prompts: list[list[int]]) -> dict[str, Callable]:
-    def computed(bins) -> Iterator:
-        return ((piece.rows, tuning.label_logprobs(classifier, piece)) for piece in bins)
-
-    def checkpointed() -> Iterator:
+    def checkpointed() -> float:
         classifier.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        yield from computed([packing.pack(prompts, 512)])
+        loss = computed([packing.pack(prompts, 512)])
         classifier.model.gradient_checkpointing_disable()
+        return loss
 
-    return {
+    def graphed() -> float:
+        def one_pass(tensors: dict):
+            goals = tensors.pop("goals")
+            loss = -(goals * tuning._label_logprobs(classifier, **tensors)).sum()
+            loss.backward()
+            return loss.detach()
+
+        piece, graphs = packing.pack(prompts, 512), gpu.Graphs(one_pass)
+        arrays = tuning._inputs(classifier, piece) | {"goals": targets[piece.rows]}
+        for _ in range(2):  # computed as usual, then captured
+            graphs(arrays)
+        for parameter in classifier.model.parameters():
+            if parameter.grad is not None:
+                parameter.grad.zero_()
+        return graphs(arrays).item()
+
+    found = {
+        "one row at a time": lambda: sum(
+            backward([row], naive(classifier, prompt)[None]) for row, prompt in enumerate(prompts)
+        ),
         "padded rows": lambda: computed([packing.pad(prompts)]),
         "packed, one bin": lambda: computed([packing.pack(prompts, 2048)]),
         "packed, several bins": lambda: computed([packing.pack(prompts, 200)]),
-        "packed, a bin at a time": lambda: computed(packing.pieces(prompts, 200, bin_tokens=200, share=True)),
+        "packed, a bin at a time": lambda: computed(
+            packing.pieces(prompts, 200, bin_tokens=200, unit=packing.BLOCK, share=True)
+        ),
         "packed, activations computed twice": checkpointed,
     }
+    return found | ({"packed, as a CUDA graph": graphed} if torch.cuda.is_available() else {})
 
 
 def measure(tokenizer) -> pd.DataFrame:
@@ -98,17 +116,20 @@ def measure(tokenizer) -> pd.DataFrame:
     texts = [" ".join(part) for part in np.split(words, np.cumsum(LENGTHS)[:-1])]
     prompts = tuning.encode(tokenizer, texts)
     targets = np.random.default_rng(1).dirichlet(np.ones(len(task.LABELS)), len(prompts)).astype(np.float32)
-    one_by_one = (([row], naive(classifier, prompt)[None]) for row, prompt in enumerate(prompts))
-    loss, gradient = gradients(classifier, one_by_one, targets)
+    weights = [parameter for parameter in classifier.model.parameters() if parameter.requires_grad]
     rows = []
-    for name, lever in levers(classifier, prompts).items():
-        its_loss, its_gradient = gradients(classifier, lever(), targets)
+    for name, lever in levers(classifier, prompts, targets).items():
+        for weight in weights:
+            weight.grad = torch.zeros_like(weight)
+        loss, gradient = lever(), torch.cat([weight.grad.flatten().double().cpu() for weight in weights])
+        if not rows:
+            true_loss, true_gradient = loss, gradient
         rows.append(
             {
                 "lever": name,
-                "loss_difference": abs(its_loss - loss) / loss,
-                "gradient_difference": ((its_gradient - gradient).norm() / gradient.norm()).item(),
-                "gradient_cosine": torch.cosine_similarity(its_gradient, gradient, dim=0).item(),
+                "loss_difference": abs(loss - true_loss) / true_loss,
+                "gradient_difference": ((gradient - true_gradient).norm() / true_gradient.norm()).item(),
+                "gradient_cosine": torch.cosine_similarity(gradient, true_gradient, dim=0).item(),
             }
         )
     return pd.DataFrame(rows)
