@@ -49,7 +49,7 @@ def pack(prompts: Sequence[list[int]], bin_tokens: int, unit: int = BLOCK) -> Bi
     differ = [a != b for a, b in zip(min(prompts), max(prompts), strict=False)]
     shared = min(differ.index(True) if any(differ) else len(differ), *(len(prompt) - 1 for prompt in prompts))
     own = np.array([len(prompt) - shared for prompt in prompts])
-    n_bins = max(1, int(np.ceil(own.sum() / max(1.0, 0.97 * (bin_tokens - shared)))))  # evenly, but not to the token
+    n_bins = max(1, int(np.ceil(own.sum() / max(1.0, 0.99 * (bin_tokens - shared)))))  # evenly, but not to the token
     heap = [(shared, 0, number) for number in range(n_bins)]
     starts, bins, segments = (np.empty(len(prompts), dtype=np.int64) for _ in range(3))
     for row in np.argsort(-own, kind="stable"):

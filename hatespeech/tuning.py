@@ -25,7 +25,7 @@ from hatespeech.checkpoint import Checkpoint, stop_asked
 MAX_CPU_PARAMETERS = 1_000_000_000
 # A bin's length and what it is a multiple of. On a GPU few shapes should come (CUDA graphs); on a CPU, without
 # FlexAttention, attention costs the square of the length.
-BIN_TOKENS = {"cuda": {"bin_tokens": 2048, "unit": 512}, "cpu": {"bin_tokens": 512, "unit": 1}}
+BIN_TOKENS = {"cuda": {"bin_tokens": 2048, "unit": 256}, "cpu": {"bin_tokens": 512, "unit": 1}}
 
 
 @dataclass

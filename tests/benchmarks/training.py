@@ -4,19 +4,24 @@
     python -m tests.benchmarks.training --quick    # a CPU, a tiny model, prints only
 
 Bases have random weights of the named shape, stored in 4 bit, and SmolLM2's tokenizer: no download. Rows are comments
-of tests/data/silver.csv in the prompt. Each recipe has a process of its own, some steps of warm-up, then `seconds`.
+of tests/data/silver.csv in the prompt. Each recipe has a process of its own, some steps of warm-up, then `seconds`, and
+the GPU for itself; only the next one's imports overlap it.
 `tflops` counts 4 operations a weight of a linear layer and a token that is no padding (forward, and backward to the
 activations: the base is frozen); activations computed twice and an instruction computed for every row are not useful
 work, so they show in rows/s. `matmul_share` is its share of what a plain bf16 matrix product of such size reaches here.
 """
 
 import argparse
+import fcntl
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -90,11 +95,19 @@ def make_base(workload: str, tokenizer_source: str, folder: Path) -> None:
 
 
 def load_rows(tokenizer) -> pd.DataFrame:
-    rows = pd.read_csv(SILVER).sample(frac=1, random_state=0, ignore_index=True)
+    rows = pd.read_csv(SILVER).sample(4096, random_state=0, ignore_index=True)
     completions = [task.COMPLETIONS[task.LABELS.index(task.label_of(score))] for score in rows["hate_speech_score"]]
     prompts = [task.prompt(text) for text in rows["text"]]
     frame = pd.DataFrame({"prompt": prompts, "completion": completions, "score": rows["hate_speech_score"]})
     return frame.assign(tokens=[len(ids) for ids in tokenizer(prompts).input_ids])
+
+
+@contextmanager
+def alone(base: Path) -> Iterator[None]:
+    """The GPU for this process, when the one before it has finished."""
+    with open(base.parent / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def with_sft_trainer(base: Path, rows: pd.DataFrame, seconds: float, *, unsloth: bool, notebook: bool) -> dict:
@@ -149,6 +162,7 @@ def with_sft_trainer(base: Path, rows: pd.DataFrame, seconds: float, *, unsloth:
                 "learning_rate": LEARNING_RATE,
                 "optim": "adamw_8bit" if notebook else "adamw_torch",
                 "max_length": 2048,
+                "num_train_epochs": 1000,
                 "bf16": cuda,
                 "use_cpu": not cuda,
                 "logging_steps": 50,
@@ -186,7 +200,6 @@ def with_ours(base: Path, rows: pd.DataFrame, seconds: float, *, share: bool = T
     """hatespeech.tuning, as `python -m train` calls it. small_card: all but 22 GB of the GPU's memory are taken."""
     import torch
 
-    tuning.check_base(str(base))
     tokenizer = tuning.load_tokenizer(str(base))
     cuda, taken_gb, ballast = torch.cuda.is_available(), 0.0, None
     if small_card:
@@ -213,7 +226,7 @@ def with_ours(base: Path, rows: pd.DataFrame, seconds: float, *, share: bool = T
     result = {"batch": str(batch_size), "rows_per_s": rows_per_s, "tokens_at_once": done["tokens_at_once"]}
     result |= {"rows_per_s_with_warm_up": done["rows_per_s"], "useful_tokens_per_s": rows_per_s * useful}
     result |= {"peak_memory_gb": done["peak_memory_gb"] - taken_gb if cuda else None}
-    if cuda and not small_card:
+    if cuda and share and not small_card:
         result["profile"] = profile(lambda: fit(2 * beginning))
     return result
 
@@ -272,17 +285,19 @@ def linear_weights(workload: str) -> int:
 
 def one(recipe: str, workload: str, base: Path, seconds: float) -> dict:
     """This process's one measurement."""
-    rows = load_rows(tuning.load_tokenizer(str(base))) if recipe.startswith("TRL") else None
-    if rows is None:
+    if recipe.startswith("TRL"):
+        import trl  # noqa: F401
+    else:
         tuning.check_base(str(base))
-        rows = load_rows(tuning.load_tokenizer(str(base)))
-    measured = RECIPES[recipe](base, rows, seconds)
+    rows = load_rows(tuning.load_tokenizer(str(base)))
+    with alone(base):
+        measured = RECIPES[recipe](base, rows, seconds)
     tokens = measured["rows_per_s"] * float(rows["tokens"].mean())
     measured["tflops"] = 4 * linear_weights(workload) * measured.pop("useful_tokens_per_s") / 1e12
     return {"workload": workload, "recipe": recipe, "tokens_per_s": tokens} | measured
 
 
-def in_own_process(*arguments: str) -> dict:
+def in_own_process(arguments: list[str]) -> dict:
     import torch
 
     # TRL's loss is a Triton kernel; without a GPU it is interpreted.
@@ -298,11 +313,15 @@ def in_own_process(*arguments: str) -> dict:
     return json.loads(lines[-1]) if done.returncode == 0 and lines else {"error": f"exit status {done.returncode}"}
 
 
+def _rounded(value):
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a tiny model on a CPU; nothing is stored")
     parser.add_argument("--tokenizer", default=str(BASE), help="a hub id, directory or .gguf file")
-    parser.add_argument("--seconds", type=float, default=15.0, help="measured time of each recipe")
+    parser.add_argument("--seconds", type=float, default=10.0, help="measured time of each recipe")
     parser.add_argument("--only", nargs=3, metavar=("RECIPE", "WORKLOAD", "BASE"), help=argparse.SUPPRESS)
     parser.add_argument("--make", nargs=2, metavar=("WORKLOAD", "BASE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -322,22 +341,26 @@ def main() -> None:
         "seconds": arguments.seconds,
         "rows": [],
     }
-    for workload in workloads:
-        with tempfile.TemporaryDirectory() as base:
-            made = in_own_process(*quick, "--tokenizer", arguments.tokenizer, "--make", workload, base)
+    with tempfile.TemporaryDirectory() as bases, ThreadPoolExecutor(2) as pool:
+        make = [[*quick, "--tokenizer", arguments.tokenizer, "--make", name, f"{bases}/{name}"] for name in workloads]
+        for made in pool.map(in_own_process, make):
             result |= made
-            for recipe in RECIPES:
-                needs_gpu = "unsloth" in recipe or "GB" in recipe
-                if (arguments.quick and needs_gpu) or (workload == "SmolLM2-135M" and "GB" in recipe):
-                    continue
-                print(f"measuring {workload}: {recipe}", file=sys.stderr, flush=True)
-                row = in_own_process(*quick, "--only", recipe, workload, base)
-                row = {"workload": workload, "recipe": recipe} | row
-                if made.get("matmul_tflops") and "tflops" in row:
-                    row["matmul_share"] = row["tflops"] / made["matmul_tflops"]
-                result["rows"].append(row)
-                if not arguments.quick:
-                    export.write_json(ROOT / "results" / "benchmarks" / "training.json", result)
+        pairs = [
+            (workload, recipe)
+            for workload in workloads
+            for recipe in RECIPES
+            if not (arguments.quick and ("unsloth" in recipe or "GB" in recipe))
+            and not (workload == "SmolLM2-135M" and "GB" in recipe)
+        ]
+        runs = [[*quick, "--only", recipe, workload, f"{bases}/{workload}"] for workload, recipe in pairs]
+        for (workload, recipe), row in zip(pairs, pool.map(in_own_process, runs), strict=True):
+            row = {"workload": workload, "recipe": recipe} | row
+            if result["matmul_tflops"] and "tflops" in row:
+                row["matmul_share"] = row["tflops"] / result["matmul_tflops"]
+            result["rows"].append({name: _rounded(value) for name, value in row.items()})
+            print(result["rows"][-1], file=sys.stderr, flush=True)
+            if not arguments.quick:
+                export.write_json(ROOT / "results" / "benchmarks" / "training.json", result)
     table = pd.DataFrame(result["rows"]).drop(columns="profile", errors="ignore").replace({np.nan: None})
     print(table.to_string(index=False, float_format="{:.3g}".format))
     failed = [row["recipe"] for row in result["rows"] if "error" in row]
