@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import sys
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -36,19 +36,24 @@ SERVED_TOLERANCE = 0.1
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Fine-tune an LLM to tell Hate / Neutral / Supportive apart, say how good it is, and export it for Ollama."""
+class Rows:
+    """What to learn from, and what to test on"""
 
-    model: str = "unsloth/mistral-7b-instruct-v0.3-bnb-4bit"
-    """The base: a hub id, a directory, or a .gguf file."""
     dataset: str = data.HUB_ID
     """Annotation rows: a hub id, or a .csv, .jsonl or .parquet file with comment_id, text, hate_speech_score."""
     test_dataset: str | None = None
     """Test on these rows instead of a part of --dataset, of which what is like them is then left out."""
-    output: Path | None = None
-    """The run's folder. Default: results/ and the base's name."""
-    evaluate_only: bool = False
-    """Train nothing: measure the finished run in --output through Ollama (OLLAMA_HOST), as it is served."""
+    validation_share: float = 0.1
+    """Comments held out to choose settings by."""
+    test_share: float = 0.1
+    """Comments held out for the reported metrics. Not used with --test-dataset."""
+    calibrate_on: Literal["validation", "test"] = "validation"
+    """test: where only the test labels are sound. Its metrics are then cross-fitted: no comment calibrates itself."""
+
+
+@dataclass(frozen=True)
+class Learning:
+    """How to learn"""
 
     targets: Literal["hard", "soft"] = "hard"
     """hard: the score's class. soft: class probabilities, from the score and its error."""
@@ -66,26 +71,48 @@ class Settings:
     """Rank of the LoRA on every linear layer."""
     alpha: int = 32
     """LoRA's scale; alpha / rank multiplies the update."""
-
-    validation_share: float = 0.1
-    """Comments held out to choose settings by."""
-    test_share: float = 0.1
-    """Comments held out for the reported metrics. Not used with --test-dataset."""
-    calibrate_on: Literal["validation", "test"] = "validation"
-    """test: where only the test labels are sound. Its metrics are then cross-fitted: no comment calibrates itself."""
-    checkpoint_every_s: float = 60.0
-    """Save progress so often. The same command goes on from it after Ctrl-C, kill -9 or a power cut."""
     max_steps: int | None = None
     """Stop after so many optimizer steps: a trial run."""
     seed: int = 0
     """For the split, the LoRA's start and the order of the comments."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Fine-tune an LLM to tell Hate / Neutral / Supportive apart, say how good it is, and export it for Ollama."""
+
+    model: str = "unsloth/mistral-7b-instruct-v0.3-bnb-4bit"
+    """The base: a hub id, a directory, or a .gguf file."""
+    output: Path | None = None
+    """The run's folder. Default: results/ and the base's name."""
+    evaluate_only: bool = False
+    """Train nothing: measure the finished run in --output through Ollama (OLLAMA_HOST), as it is served."""
+    quantize: Literal["F16", "Q8_0", "Q4_K_M"] = "F16"
+    """The format of model.gguf. Less than F16 is Ollama's work: smaller, on a GPU faster, not the same model."""
+    checkpoint_every_s: float = 60.0
+    """Save progress so often. The same command goes on from it after Ctrl-C, kill -9 or a power cut."""
     note: str = ""
     """For the model card: what a reader must know of these data."""
+    rows: Rows = field(default_factory=Rows)
+    learning: Learning = field(default_factory=Learning)
+
+    @classmethod
+    def of(cls, **flat) -> "Settings":
+        """From settings by their flags' names, as settings.json holds them."""
+        parts = {name: part for name, part in (("rows", Rows), ("learning", Learning))}
+        for name, part in parts.items():
+            own = {each.name for each in fields(part)} & flat.keys()
+            parts[name] = part(**{each: flat.pop(each) for each in own})
+        return cls(**flat, **parts)
+
+    def flat(self) -> dict:
+        nested = asdict(self)
+        return nested | nested.pop("rows") | nested.pop("learning")
 
 
 def main(settings: Settings) -> None:
-    if settings.calibrate_on == "validation" and not settings.validation_share:
-        raise UserError("no comments to calibrate on: give --validation-share, or --calibrate-on test")
+    check(settings)
+    rows, learning = settings.rows, settings.learning
     folder = settings.output or Path("results") / Path(settings.model).stem.lower()
     if settings.evaluate_only:
         return evaluate_as_served(folder)
@@ -93,18 +120,17 @@ def main(settings: Settings) -> None:
         tuning.check_base(settings.model)
         tokenizer = tuning.load_tokenizer(settings.model)
         splits, counts = load_splits(settings, lambda texts: [len(ids) for ids in tuning.encode(tokenizer, texts)])
-        classifier = tuning.load(
-            settings.model, tokenizer, rank=settings.rank, alpha=settings.alpha, seed=settings.seed
-        )
+        lora = {"rank": learning.rank, "alpha": learning.alpha, "seed": learning.seed}
+        classifier = tuning.load(settings.model, tokenizer, **lora)
         prompts = {name: tuning.encode(tokenizer, part["text"].tolist()) for name, part in splits.items()}
         training = tuning.fit(
             classifier,
             prompts["train"],
-            targets_of(splits["train"], settings),
-            steps=settings.max_steps or max(1, round(settings.epochs * len(prompts["train"]) / settings.batch_size)),
-            batch_size=settings.batch_size,
-            learning_rate=settings.learning_rate,
-            seed=settings.seed,
+            targets_of(splits["train"], learning),
+            steps=learning.max_steps or max(1, round(learning.epochs * len(prompts["train"]) / learning.batch_size)),
+            batch_size=learning.batch_size,
+            learning_rate=learning.learning_rate,
+            seed=learning.seed,
             checkpoint=work and work / export.CHECKPOINT,
             checkpoint_every_s=settings.checkpoint_every_s,
         )
@@ -113,18 +139,30 @@ def main(settings: Settings) -> None:
         export.write_json(work / "settings.json", provenance(settings, splits, counts, classifier, training))
         export.write_json(work / "splits.json", {name: part["comment_id"].tolist() for name, part in splits.items()})
         probabilities = {}
-        for name in sorted(splits.keys() - {"train"}, key=lambda name: name != settings.calibrate_on):
+        for name in sorted(splits.keys() - {"train"}, key=lambda name: name != rows.calibrate_on):
             probabilities[name] = np.apply_along_axis(task.softmax, 1, tuning.predict(classifier, prompts[name]))
             record(work, splits, name, "torch", probabilities[name])
         export.write_weights(classifier, settings.model, work)
-        finish_gguf(work, classifier, splits["test"]["text"][:20].tolist(), probabilities["test"][:20])
+        finish_gguf(
+            work, classifier, settings.quantize, splits["test"]["text"][:20].tolist(), probabilities["test"][:20]
+        )
     print(f"\n{(folder / 'report.txt').read_text()}\n{folder} is complete. Serve it: MODEL_DIR={folder} ./bootstrap.sh")
 
 
-def targets_of(train: pd.DataFrame, settings: Settings) -> np.ndarray:
+def check(settings: Settings) -> None:
+    """Refuse what can't end well before anything is computed."""
+    if settings.rows.calibrate_on == "validation" and not settings.rows.validation_share:
+        raise UserError("no comments to calibrate on: give --validation-share, or --calibrate-on test")
+    if settings.quantize != "F16" and not shutil.which("ollama"):
+        raise UserError(
+            f"--quantize {settings.quantize} is Ollama's work, and there is no `ollama` command: install it"
+        )
+
+
+def targets_of(train: pd.DataFrame, learning: Learning) -> np.ndarray:
     """(n, 3) what to learn of each training comment: class probabilities, times its class's weight."""
-    targets = data.soft_targets(train["score"], settings.score_error if settings.targets == "soft" else 0.0)
-    if settings.class_weights == "balanced":  # as scikit-learn's: n / (number of classes * comments of the class)
+    targets = data.soft_targets(train["score"], learning.score_error if learning.targets == "soft" else 0.0)
+    if learning.class_weights == "balanced":  # as scikit-learn's: n / (number of classes * comments of the class)
         share = train["label"].value_counts(normalize=True)
         targets *= (1 / (len(task.LABELS) * train["label"].map(share))).to_numpy()[:, None]
     return targets
@@ -132,23 +170,23 @@ def targets_of(train: pd.DataFrame, settings: Settings) -> np.ndarray:
 
 def load_splits(settings: Settings, count_tokens=None) -> tuple[dict[str, pd.DataFrame], dict]:
     """Comments by split, and the counts of what was read and left out."""
-    comments = data.comments(data.read(settings.dataset), count_tokens)
-    shares = {"validation": settings.validation_share, "test": settings.test_share}
-    extra, counts = {}, {settings.dataset: comments.counts}
-    if settings.test_dataset:
+    comments = data.comments(data.read(settings.rows.dataset), count_tokens)
+    shares = {"validation": settings.rows.validation_share, "test": settings.rows.test_share}
+    extra, counts = {}, {settings.rows.dataset: comments.counts}
+    if settings.rows.test_dataset:
         shares["test"] = 0.0
-        test = data.comments(data.read(settings.test_dataset), count_tokens)
+        test = data.comments(data.read(settings.rows.test_dataset), count_tokens)
         data.require_classes(test.frame, "test")
         comments.frame, dropped = data.without(comments.frame, test.frame)
         extra = {"test": test.frame}
-        counts |= {settings.test_dataset: test.counts, "comments_left_out_for_being_like_a_test_comment": dropped}
+        counts |= {settings.rows.test_dataset: test.counts, "comments_left_out_for_being_like_a_test_comment": dropped}
     shares = {"train": 1 - sum(shares.values())} | {name: share for name, share in shares.items() if share}
-    return data.split(comments.frame, shares, settings.seed) | extra, counts
+    return data.split(comments.frame, shares, settings.learning.seed) | extra, counts
 
 
 def stored_splits(folder: Path, settings: Settings) -> dict[str, pd.DataFrame]:
     """The comments of a run's splits.json, as the data sets hold them now; no split of which one is missing."""
-    sources = [source for source in (settings.dataset, settings.test_dataset) if source]
+    sources = [source for source in (settings.rows.dataset, settings.rows.test_dataset) if source]
     pool = pd.concat([data.comments(data.read(source)).frame for source in sources])
     pool = pool.drop_duplicates("comment_id", keep="last").set_index("comment_id", drop=False)
     stored = json.loads((folder / "splits.json").read_text())
@@ -161,7 +199,7 @@ def provenance(settings: Settings, splits: dict, counts: dict, classifier, train
     train = splits["train"]
     return {
         "command": "python -m train " + shlex.join(sys.argv[1:]),
-        "settings": asdict(settings) | {"output": None},  # the folder may be moved
+        "settings": settings.flat() | {"output": None},  # the folder may be moved
         "commit": commit(),
         "versions": versions(),
         "hardware": tuning.hardware(),
@@ -204,7 +242,7 @@ def record(folder: Path, splits: dict, name: str, engine: str, probabilities: np
         (folder / "README.md").write_text(export.model_card(run_name, run, evaluation.table(metrics["test"])))
 
 
-def finish_gguf(folder: Path, classifier, texts: list[str], expected: np.ndarray) -> None:
+def finish_gguf(folder: Path, classifier, quantize: str, texts: list[str], expected: np.ndarray) -> None:
     """Make sure of a model.gguf that Ollama serves with training's probabilities, and bind the calibration to it.
 
     expected: (n, 3), torch's label probabilities of the texts. Without an `ollama` command it can't be checked, and
@@ -220,8 +258,12 @@ def finish_gguf(folder: Path, classifier, texts: list[str], expected: np.ndarray
     else:
         if (folder / "merged").exists():
             print("converting the merged weights to GGUF with Ollama's own converter")
-            ollama.convert_merged(folder)
+            ollama.convert(folder, "./merged")
+            shutil.rmtree(folder / "merged")
             export.name_pretokenizer(folder / "model.gguf", classifier.tokenizer)
+        if quantize != "F16":
+            print(f"quantising model.gguf to {quantize} with Ollama")
+            ollama.convert(folder, "./model.gguf", "--quantize", quantize)
         with ollama.private_server(folder) as host:
             ollama.create(host, "check", folder)
             server = ollama.Ollama(host, "check", tuple(classifier.label_tokens), timeout_s=120)
@@ -242,11 +284,13 @@ def evaluate_as_served(folder: Path) -> None:
     from tqdm.auto import tqdm
 
     run = export.read_settings(folder)
-    settings = Settings(**run["settings"])
+    settings = Settings.of(**run["settings"])
     splits = stored_splits(folder, settings)
     for name, expected in run["data"]["sha256"].items():
         if name not in splits or data.fingerprint(splits[name]) != expected:
-            raise UserError(f"{settings.dataset} has changed since {folder} was trained: its {name} comments differ")
+            raise UserError(
+                f"{settings.rows.dataset} has changed since {folder} was trained: its {name} comments differ"
+            )
     server = ollama.Ollama(os.environ.get("OLLAMA_HOST", ""), ollama.model_name(folder), tuple(run["label_tokens"]))
     try:
         origin = {"ollama": server.version(), "digest": server.digest(), "model_sha256": server.weights_sha256()}
@@ -280,9 +324,15 @@ def versions() -> dict[str, str | None]:
     return found
 
 
+def parse(arguments: list[str] | None = None) -> Settings:
+    # Blank lines between: tyro would join the commands to one paragraph.
+    description = __doc__.replace("\n", "\n\n")
+    return tyro.cli(tyro.conf.OmitArgPrefixes[Settings], args=arguments, description=description)
+
+
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Settings, description=__doc__))
+        main(parse())
     except UserError as error:
         sys.exit(f"train: {error}")
     except KeyboardInterrupt:

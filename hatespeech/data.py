@@ -103,6 +103,7 @@ def comments(rows: pd.DataFrame, count_tokens=None) -> Comments:
     counts |= {
         "comments": len(frame),
         "comments_like_another": int(frame["group"].duplicated(keep=False).sum()),
+        "comments_with_control_tokens": int((frame["text"] != frame["text"].map(task.spell_out)).sum()),
         **{f"comments_{label}": int((frame["label"] == label).sum()) for label in task.LABELS},
     }
     return Comments(frame, counts)

@@ -154,6 +154,10 @@ that share no text with them. Each figure with its 95 % bootstrap interval over 
 pearson_r is that of the expected score with the true one. metrics.json has all of it; settings.json has the versions,
 the commit and the data's sha256.
 
+**Read** and left out, by data set:
+
+{_counts_table(run["data"]["counts"])}
+
 **Serve it** with `MODEL_DIR=results/{name} ./bootstrap.sh`.
 
 **Limits.** It was taught one data set's idea of hate speech, by English-language comments of 2019 or before. It errs as
@@ -162,6 +166,17 @@ people; don't let it punish anyone alone.
 
 Data: Measuring Hate Speech, UC Berkeley D-Lab (Kennedy et al. 2020; Sachdeva et al. 2022), CC-BY-4.0.
 """
+
+
+def _counts_table(counts: dict) -> str:
+    """Markdown: a line a count, a column a data set; counts that are no data set's come after."""
+    sets = {name: found for name, found in counts.items() if isinstance(found, dict)}
+    lines = ["| | " + " | ".join(f"`{name}`" for name in sets) + " |", "| --- |" + " ---: |" * len(sets)]
+    for what in dict.fromkeys(what for found in sets.values() for what in found):
+        cells = (f"{found[what]:,}" if what in found else "-" for found in sets.values())
+        lines.append(f"| {what.replace('_', ' ')} | " + " | ".join(cells) + " |")
+    rest = (f"{what.replace('_', ' ')}: {n:,}" for what, n in counts.items() if what not in sets)
+    return "\n\n".join(["\n".join(lines), *rest])
 
 
 def write_adapter(model, path: Path) -> None:

@@ -91,30 +91,28 @@ def private_server(scratch: Path) -> Iterator[str]:
             server.wait()
 
 
-def create(host: str, model: str, run: Path) -> None:
+def create(host: str, model: str, run: Path, *options: str) -> None:
     """Give a run's folder to Ollama, as its Modelfile says. Raises UserError with Ollama's own words."""
-    command = ["ollama", "create", model, "-f", str(run / "Modelfile")]
+    command = ["ollama", "create", model, "-f", str(run / "Modelfile"), *options]
     done = subprocess.run(command, env=os.environ | {"OLLAMA_HOST": host}, capture_output=True, text=True)
     if done.returncode:
         raise UserError(f"ollama create {model}: {done.stderr.strip()[-300:]}")
 
 
-def convert_merged(run: Path) -> None:
-    """Let Ollama's own converter make `model.gguf` of a run's `merged/` safetensors, which are then removed.
+def convert(run: Path, source: str, *options: str) -> None:
+    """Let Ollama make a run's `model.gguf` of `source`, a GGUF or safetensors as a Modelfile names them.
 
-    Raises UserError where there is no `ollama` command, or it can't convert this architecture.
+    options: of `ollama create`. Raises UserError where there is no `ollama` command, or it can't convert this.
     """
     modelfile = run / "Modelfile"
     ours = modelfile.read_text()
     try:
-        modelfile.write_text(ours.replace("FROM ./model.gguf", "FROM ./merged"))
+        modelfile.write_text(ours.replace("FROM ./model.gguf", f"FROM {source}"))
         with private_server(run) as host:
-            create(host, "converted", run)
-            blob = Ollama(host, "converted", ()).weights_path()
-            shutil.move(blob, run / "model.gguf")
+            create(host, "converted", run, *options)
+            shutil.move(Ollama(host, "converted", ()).weights_path(), run / "model.gguf")
     finally:
         modelfile.write_text(ours)
-    shutil.rmtree(run / "merged")
 
 
 class Ollama:

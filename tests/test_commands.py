@@ -52,7 +52,7 @@ def test_exported_feedback_is_a_data_set(shell, client, tmp_path):
     assert data.fingerprint(again) == data.fingerprint(frame)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert {line["comment_id"]: line["note"] for line in lines}[ids[0]] == "no, not that"
-    assert train.Settings(dataset=str(path))
+    assert train.Settings.of(dataset=str(path))
 
 
 def test_replay_through_the_same_model_changes_nothing(shell, client, run):

@@ -160,7 +160,7 @@ def test_a_base_directory_goes_through_ollamas_converter(some_silver, base_gguf,
 def test_evaluate_only_measures_the_run_as_served(trained, create, ollama_host, monkeypatch, capsys):
     create(trained)
     monkeypatch.setenv("OLLAMA_HOST", ollama_host)
-    train.main(train.Settings(output=trained, evaluate_only=True))
+    train.main(train.Settings.of(output=trained, evaluate_only=True))
     assert "weighted avg" in capsys.readouterr().out
     test = json.loads((trained / "metrics.json").read_text())["test"]
     assert len(test["as_served"]["digest"]) == 64
@@ -176,12 +176,12 @@ def test_a_gguf_that_ollama_reads_otherwise_is_not_called_finished(run, base_ggu
     tokenizer = tuning.load_tokenizer(str(base_gguf))
     classifier = tuning.Classifier(None, tokenizer, tuning.label_ids(tokenizer))
     with pytest.raises(UserError, match="serves other probabilities than training saw"):
-        train.finish_gguf(tmp_path, classifier, ["a lovely day"], np.array([[1.0, 0.0, 0.0]]))
+        train.finish_gguf(tmp_path, classifier, "F16", ["a lovely day"], np.array([[1.0, 0.0, 0.0]]))
 
 
 def settings(tmp_path, base_gguf, **changes) -> train.Settings:
     defaults = {"model": str(base_gguf), "dataset": str(SILVER), "output": tmp_path / "run"}
-    return train.Settings(**(defaults | changes))
+    return train.Settings.of(**(defaults | changes))
 
 
 @pytest.mark.slow
@@ -200,7 +200,7 @@ def test_a_missing_column_or_class_is_named(tmp_path):
     frame.assign(hate_speech_score=-0.5).to_csv(tmp_path / "neutral.csv")
     for file, reason in (("no_score.csv", "no column hate_speech_score"), ("neutral.csv", "hold no Hate, Supportive")):
         with pytest.raises(UserError, match=reason):
-            train.load_splits(train.Settings(dataset=str(tmp_path / file)))
+            train.load_splits(train.Settings.of(dataset=str(tmp_path / file)))
 
 
 def test_settings_that_contradict_are_refused(tmp_path, base_gguf):
@@ -232,8 +232,8 @@ def test_evaluate_only_without_ollama_says_how_to_start_it(run, monkeypatch):
 def test_the_shipped_metrics_are_of_the_shipped_data(run):
     """Trained on silver without a word of gold, tested on gold, above the baseline from the same data."""
     stored, metrics = (json.loads((run / name).read_text()) for name in ("settings.json", "metrics.json"))
-    splits, _ = train.load_splits(train.Settings(**stored["settings"]))
-    again = train.stored_splits(run, train.Settings(**stored["settings"]))
+    splits, _ = train.load_splits(train.Settings.of(**stored["settings"]))
+    again = train.stored_splits(run, train.Settings.of(**stored["settings"]))
     assert all(data.fingerprint(again[name]) == data.fingerprint(splits[name]) for name in splits)
     assert {name: data.fingerprint(part) for name, part in splits.items()} == stored["data"]["sha256"]
     assert not set(splits["train"]["text"]) & set(splits["test"]["text"])

@@ -1,27 +1,22 @@
 """Rows a second of fine-tuning, by the recipes people use and by ours, in one run on one card.
 
-    python -m tests.benchmarks.training            # a CUDA GPU, 10 minutes; writes results/benchmarks/training.json
+    python -m tests.benchmarks.training            # a CUDA GPU, a quarter of an hour; writes results/benchmarks/training.json
     python -m tests.benchmarks.training --quick    # a CPU, a tiny model, prints only
 
 Bases have random weights of the named shape, stored in 4 bit, and SmolLM2's tokenizer: no download. Rows are comments
-of tests/data/silver.csv in the prompt. Each recipe has a process of its own, some steps of warm-up, then `seconds`, and
-the GPU for itself; only the next one's imports overlap it.
+of tests/data/silver.csv in the prompt. Each recipe has a process of its own, some steps of warm-up, then `seconds`.
 `tflops` counts 4 operations a weight of a linear layer and a token that is no padding (forward, and backward to the
 activations: the base is frozen); activations computed twice and an instruction computed for every row are not useful
 work, so they show in rows/s. `matmul_share` is its share of what a plain bf16 matrix product of such size reaches here.
 """
 
 import argparse
-import fcntl
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -100,14 +95,6 @@ def load_rows(tokenizer) -> pd.DataFrame:
     prompts = [task.prompt(text) for text in rows["text"]]
     frame = pd.DataFrame({"prompt": prompts, "completion": completions, "score": rows["hate_speech_score"]})
     return frame.assign(tokens=[len(ids) for ids in tokenizer(prompts).input_ids])
-
-
-@contextmanager
-def alone(base: Path) -> Iterator[None]:
-    """The GPU for this process, when the one before it has finished."""
-    with open(base.parent / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def with_sft_trainer(base: Path, rows: pd.DataFrame, seconds: float, *, unsloth: bool, notebook: bool) -> dict:
@@ -285,13 +272,10 @@ def linear_weights(workload: str) -> int:
 
 def one(recipe: str, workload: str, base: Path, seconds: float) -> dict:
     """This process's one measurement."""
-    if recipe.startswith("TRL"):
-        import trl  # noqa: F401
-    else:
-        tuning.check_base(str(base))
+    if not recipe.startswith("TRL"):
+        tuning.check_base(str(base))  # unsloth before transformers, which it patches
     rows = load_rows(tuning.load_tokenizer(str(base)))
-    with alone(base):
-        measured = RECIPES[recipe](base, rows, seconds)
+    measured = RECIPES[recipe](base, rows, seconds)
     tokens = measured["rows_per_s"] * float(rows["tokens"].mean())
     measured["tflops"] = 4 * linear_weights(workload) * measured.pop("useful_tokens_per_s") / 1e12
     return {"workload": workload, "recipe": recipe, "tokens_per_s": tokens} | measured
@@ -341,26 +325,21 @@ def main() -> None:
         "seconds": arguments.seconds,
         "rows": [],
     }
-    with tempfile.TemporaryDirectory() as bases, ThreadPoolExecutor(2) as pool:
-        make = [[*quick, "--tokenizer", arguments.tokenizer, "--make", name, f"{bases}/{name}"] for name in workloads]
-        for made in pool.map(in_own_process, make):
-            result |= made
-        pairs = [
-            (workload, recipe)
-            for workload in workloads
-            for recipe in RECIPES
-            if not (arguments.quick and ("unsloth" in recipe or "GB" in recipe))
-            and not (workload == "SmolLM2-135M" and "GB" in recipe)
-        ]
-        runs = [[*quick, "--only", recipe, workload, f"{bases}/{workload}"] for workload, recipe in pairs]
-        for (workload, recipe), row in zip(pairs, pool.map(in_own_process, runs), strict=True):
-            row = {"workload": workload, "recipe": recipe} | row
-            if result["matmul_tflops"] and "tflops" in row:
-                row["matmul_share"] = row["tflops"] / result["matmul_tflops"]
-            result["rows"].append({name: _rounded(value) for name, value in row.items()})
-            print(result["rows"][-1], file=sys.stderr, flush=True)
-            if not arguments.quick:
-                export.write_json(ROOT / "results" / "benchmarks" / "training.json", result)
+    for workload in workloads:
+        with tempfile.TemporaryDirectory() as base:
+            result |= in_own_process([*quick, "--tokenizer", arguments.tokenizer, "--make", workload, base])
+            for recipe in RECIPES:
+                needs_gpu = "unsloth" in recipe or "GB" in recipe
+                if (arguments.quick and needs_gpu) or (workload == "SmolLM2-135M" and "GB" in recipe):
+                    continue
+                print(f"measuring {workload}: {recipe}", file=sys.stderr, flush=True)
+                row = {"workload": workload, "recipe": recipe}
+                row |= in_own_process([*quick, "--only", recipe, workload, base])
+                if result["matmul_tflops"] and "tflops" in row:
+                    row["matmul_share"] = row["tflops"] / result["matmul_tflops"]
+                result["rows"].append({name: _rounded(value) for name, value in row.items()})
+                if not arguments.quick:
+                    export.write_json(ROOT / "results" / "benchmarks" / "training.json", result)
     table = pd.DataFrame(result["rows"]).drop(columns="profile", errors="ignore").replace({np.nan: None})
     print(table.to_string(index=False, float_format="{:.3g}".format))
     failed = [row["recipe"] for row in result["rows"] if "error" in row]
