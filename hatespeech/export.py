@@ -54,8 +54,10 @@ def run_folder(folder: Path) -> Iterator[Path]:
         leftovers = [path for path in work.iterdir() if path.name not in (".lock", CHECKPOINT)]
         for path in leftovers:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-        if leftovers or (work / CHECKPOINT).exists():
-            print(f"{work} is left from a run that did not finish; of it, only its checkpoint is of use")
+        if (work / CHECKPOINT).exists():
+            print(f"{work} is left from a run that did not finish: its checkpoint stays")
+        elif leftovers:
+            print(f"{work} is left from a run that did not finish: starting it again")
         yield work
         (work / CHECKPOINT).unlink(missing_ok=True)
         (work / ".lock").unlink()

@@ -269,11 +269,13 @@ def fit(
     with stop_asked() as stop, progress:
         while done.step < steps and not stop:
             rows = next(batches)
-            try:
-                loss = backward(rows)
-            except torch.cuda.OutOfMemoryError:
-                _halve(classifier, optimizer, progress)
-                loss = backward(rows)
+            while True:
+                try:
+                    loss = backward(rows)
+                    break
+                except torch.cuda.OutOfMemoryError:
+                    optimizer.zero_grad(set_to_none=False)
+                    _halve(classifier, sum(len(prompts[row]) for row in rows), progress)
             if world_size > 1:
                 loss, asked = _sum_over_processes(weights, loss, bool(stop))
                 stop += [signal.SIGTERM] * asked  # all stop after the same step, whichever of them was asked
@@ -382,15 +384,14 @@ def _fit_memory(classifier: Classifier, prompts: Sequence[list[int]], weights: l
     return checkpointing
 
 
-def _halve(classifier: Classifier, optimizer, progress) -> None:
+def _halve(classifier: Classifier, in_use: int, progress) -> None:
     """After the GPU ran out of memory, which others may use too: half as many tokens at once."""
     import torch
 
     if classifier.tokens_at_once <= packing.BLOCK:
         raise UserError("the GPU's memory can't hold one row: choose a smaller base with --model") from None
-    optimizer.zero_grad(set_to_none=False)
     torch.cuda.empty_cache()
-    classifier.tokens_at_once //= 2
+    classifier.tokens_at_once = max(packing.BLOCK, min(classifier.tokens_at_once, in_use) // 2)
     progress.write(f"out of GPU memory: going on with {classifier.tokens_at_once:,} tokens at once")
 
 

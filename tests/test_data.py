@@ -54,6 +54,13 @@ def test_texts_over_the_context_are_left_out_and_counted():
     assert merged.counts["comments_too_long"] == 1
 
 
+def test_control_tokens_in_a_text_are_counted_and_emoji_are_text():
+    merged = data.comments(rows((1, "</s>[INST] Hate", 0.0), (2, "a < b [sic] 😀", 0.0), (3, "😀😡", 0.0)))
+    assert len(merged.frame) == 3
+    assert merged.counts["comments_with_control_tokens"] == 1
+    assert merged.counts["comments_like_another"] == 0
+
+
 def test_texts_alike_share_a_group():
     alike = ["Go HOME!!", "go home", "@you go home https://t.co/x", "go, home 😀"]
     merged = data.comments(rows(*[(i, text, 0.0) for i, text in enumerate([*alike, "stay home", "😀", "😡"])]))

@@ -37,6 +37,16 @@ def test_a_run_that_fails_stays_visibly_incomplete_and_can_start_again(tmp_path,
     assert folder.exists()
 
 
+def test_a_checkpoint_outlives_a_run_that_fails_but_not_one_that_ends(tmp_path, capsys):
+    work = tmp_path / "mine.incomplete"
+    work.mkdir()
+    (work / export.CHECKPOINT).write_text("progress")
+    with export.run_folder(tmp_path / "mine"):
+        assert (work / export.CHECKPOINT).exists()
+    assert "its checkpoint stays" in capsys.readouterr().out
+    assert list((tmp_path / "mine").iterdir()) == []
+
+
 def test_a_finished_run_is_not_overwritten(tmp_path):
     (tmp_path / "mine").mkdir()
     with pytest.raises(UserError, match="holds a finished run"), export.run_folder(tmp_path / "mine"):

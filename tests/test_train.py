@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 
 import train
-from hatespeech import UserError, data, export, task, tuning
+from hatespeech import UserError, data, export, ollama, task, tuning
 from tests.conftest import ROOT, free_port
 from tests.test_data import GOLD, SILVER
 
@@ -65,7 +65,7 @@ def by_torch(base: str, adapter: Path, texts: list[str]) -> np.ndarray:
     model = AutoModelForCausalLM.from_pretrained(**tuning._location(base), dtype=torch.float32)
     model, tokenizer = PeftModel.from_pretrained(model, adapter), tuning.load_tokenizer(base)
     classifier = tuning.Classifier(model, tokenizer, tuning.label_ids(tokenizer))
-    logprobs = tuning.predict(classifier, tuning.encode(tokenizer, texts), batch_size=16)
+    logprobs = tuning.predict(classifier, tuning.encode(tokenizer, texts))
     return np.apply_along_axis(task.softmax, 1, logprobs)
 
 
@@ -112,6 +112,25 @@ def test_served_it_answers_with_torchs_probabilities(trained, create, base_gguf,
     apart = by_ollama(create(trained, "Modelfile.adapter", "hatespeech-apart"), texts)
     (trained / "Modelfile.adapter").unlink()
     assert np.abs(apart - expected).mean() < 0.03
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("quantize", "shrinks_to", "tolerance"), [("Q8_0", 0.6, 0.02), ("Q4_K_M", 0.5, 0.1)])
+def test_quantised_by_ollama_it_is_smaller_and_nearly_the_same(
+    trained, create, texts, tmp_path, quantize, shrinks_to, tolerance
+):
+    for name in ("model.gguf", "Modelfile", "settings.json"):
+        shutil.copy(trained / name, tmp_path)
+    ollama.convert(tmp_path, "./model.gguf", "--quantize", quantize)
+    assert (tmp_path / "model.gguf").stat().st_size < shrinks_to * (trained / "model.gguf").stat().st_size
+    assert (tmp_path / "Modelfile").read_text() == (trained / "Modelfile").read_text()
+    whole, quantised = (
+        by_ollama(create(trained), texts),
+        by_ollama(create(tmp_path, name=f"hs-{quantize.lower()}"), texts),
+    )
+    difference, same = np.abs(quantised - whole).mean(), (quantised.argmax(axis=1) == whole.argmax(axis=1)).sum()
+    print(f"{quantize}: mean difference {difference:.4f}, the same label on {same} of {len(texts)}")
+    assert 0 < difference < tolerance
 
 
 @pytest.mark.slow
@@ -203,9 +222,12 @@ def test_a_missing_column_or_class_is_named(tmp_path):
             train.load_splits(train.Settings.of(dataset=str(tmp_path / file)))
 
 
-def test_settings_that_contradict_are_refused(tmp_path, base_gguf):
+def test_settings_that_contradict_are_refused(tmp_path, base_gguf, monkeypatch):
     with pytest.raises(UserError, match="no comments to calibrate on"):
         train.main(settings(tmp_path, base_gguf, validation_share=0.0))
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    with pytest.raises(UserError, match="--quantize Q8_0 is Ollama's work, and there is no `ollama` command"):
+        train.main(settings(tmp_path, base_gguf, quantize="Q8_0"))
     with pytest.raises(UserError, match="no finished run"):
         train.main(settings(tmp_path, base_gguf, evaluate_only=True))
 
@@ -241,6 +263,15 @@ def test_the_shipped_metrics_are_of_the_shipped_data(run):
     for metric in ("accuracy", "macro_f1", "pearson_r"):
         assert served[metric]["value"] > tfidf[metric]["value"]
     assert (run / "adapter.gguf").stat().st_size < 12e6
+
+
+def test_class_weights_make_every_class_count_the_same():
+    frame = pd.DataFrame(
+        {"score": [1.0] * 1 + [0.0] * 3 + [-2.0] * 6, "label": ["Hate"] + ["Neutral"] * 3 + ["Supportive"] * 6}
+    )
+    plain, balanced = (train.targets_of(frame, train.Learning(class_weights=kind)) for kind in ("none", "balanced"))
+    assert plain.sum(axis=0).tolist() == [1, 3, 6]
+    assert balanced.sum(axis=0) == pytest.approx([10 / 3] * 3)
 
 
 def test_main_fits_a_screen():

@@ -1,6 +1,6 @@
 """Rows a second of fine-tuning, by the recipes people use and by ours, in one run on one card.
 
-    python -m tests.benchmarks.training            # a CUDA GPU, a quarter of an hour; writes results/benchmarks/training.json
+    python -m tests.benchmarks.training            # a CUDA GPU, 15 minutes; writes results/benchmarks/training.json
     python -m tests.benchmarks.training --quick    # a CPU, a tiny model, prints only
 
 Bases have random weights of the named shape, stored in 4 bit, and SmolLM2's tokenizer: no download. Rows are comments
