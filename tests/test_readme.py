@@ -30,6 +30,11 @@ RUN_ELSEWHERE = {
     "MODEL_DIR=results/mine ./bootstrap.sh": "test_bootstrap.py, with MODEL_DIR of its own",
     "conda env create -f environment.yml": "test_environment_yml_is_the_train_extra (no conda here)",
     "conda activate hatespeech": "as above",
+    **{
+        command: "test_checkpoint.py::test_two_processes_train_what_one_does, on one host"
+        for command in COMMANDS
+        if command.startswith("torchrun")
+    },
 }
 
 
@@ -131,6 +136,34 @@ def test_every_speed_was_measured():
     words = " ".join(README.split())
     assert f"Of the {profile['total_ms']} ms that a new text takes Ollama, {profile['prompt_eval_ms']} go" in words
     assert f"{profile['load_ms']} into reading" in words
+
+
+def test_every_training_speed_was_measured():
+    stored = json.loads((ROOT / "results" / "benchmarks" / "training.json").read_text())
+    measured = {(row["recipe"], row["workload"]): row["rows_per_s"] for row in stored["rows"]}
+    shown = {
+        "| unsloth's notebooks": "unsloth notebook",
+        "| TRL + PEFT": "TRL + PEFT + bitsandbytes",
+        "| unsloth + SFTTrainer": "unsloth + SFTTrainer, tuned",
+        "| **`python -m train`": "ours",
+        "| the same, all but 22 GB": "ours, in 22 GB",
+    }
+    for start, recipe in shown.items():
+        (line,) = [line for line in README.splitlines() if line.startswith(start)]
+        for cell, workload in zip(line.split("|")[2:4], ("SmolLM2-135M", "Mistral-7B"), strict=True):
+            if cell.strip() != "-":
+                figure = measured[recipe, workload]
+                assert cell.strip(" *") == (f"{figure:.1f}" if figure < 10 else f"{figure:,.0f}")
+
+
+@pytest.mark.slow
+def test_the_training_benchmark_runs_quickly_on_a_cpu():
+    command = [sys.executable, "-m", "tests.benchmarks.training", "--quick"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [line.split() for line in done.stdout.splitlines() if line.strip().startswith("tiny")]
+    assert len(lines) == 3
+    print(done.stdout)
 
 
 def test_every_module_is_in_the_tour():
