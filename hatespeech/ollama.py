@@ -115,6 +115,14 @@ def convert(run: Path, source: str, *options: str) -> None:
         modelfile.write_text(ours)
 
 
+def served_once(run: Path, tokens: tuple[str, ...], texts: list[str]) -> list[tuple[float, float, float]]:
+    """The texts' label probabilities from a run's folder, served for the moment. Raises UserError, OllamaError."""
+    with private_server(run) as host:
+        create(host, "once", run)
+        server = Ollama(host, "once", tokens, timeout_s=120)
+        return [server.classify(text).probabilities for text in texts]
+
+
 class Ollama:
     """One model of one Ollama server.
 

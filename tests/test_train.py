@@ -115,7 +115,7 @@ def test_served_it_answers_with_torchs_probabilities(trained, create, base_gguf,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("quantize", "shrinks_to", "tolerance"), [("Q8_0", 0.6, 0.02), ("Q4_K_M", 0.5, 0.1)])
+@pytest.mark.parametrize(("quantize", "shrinks_to", "tolerance"), [("Q8_0", 0.6, 0.05), ("Q4_K_M", 0.5, 0.15)])
 def test_quantised_by_ollama_it_is_smaller_and_nearly_the_same(
     trained, create, texts, tmp_path, quantize, shrinks_to, tolerance
 ):
