@@ -4,6 +4,7 @@ python -m train                                                      # MHS, Mist
 python -m train --model HuggingFaceTB/SmolLM2-135M-Instruct          # a small base; trains on a CPU too
 python -m train --dataset rows.csv --output results/mine             # your own rows: CSV, JSONL or Parquet
 python -m train --evaluate-only --output results/mine                # measure a run as Ollama serves it
+python -m train --evaluate-only --output results/mine --test-dataset yours.csv
 torchrun --nproc-per-node 4 -m train                                 # several GPUs
 MODEL_DIR=results/mine ./bootstrap.sh                                # serve it
 """
@@ -28,7 +29,7 @@ try:
 except ModuleNotFoundError as error:
     sys.exit(f"train: {error.name} is not installed: conda env create -f environment.yml, or pip install -e '.[train]'")
 
-from hatespeech import UserError, calibration, data, evaluation, export, ollama, task, tuning
+from hatespeech import UserError, calibration, card, data, evaluation, export, ollama, pictures, task, tuning
 
 # Mean difference of label probabilities, trained against served: 4-bit training differs from 16-bit serving by some
 # hundredths, a wrong tokenizer or rotary order by tenths.
@@ -86,7 +87,9 @@ class Settings:
     output: Path | None = None
     """The run's folder. Default: results/ and the base's name."""
     evaluate_only: bool = False
-    """Train nothing: measure the finished run in --output through Ollama (OLLAMA_HOST), as it is served."""
+    """Train nothing: measure the finished run in --output, on its test comments or on --test-dataset."""
+    engine: Literal["ollama", "torch"] = "ollama"
+    """For --evaluate-only. ollama: as it is served, at OLLAMA_HOST."""
     quantize: Literal["F16", "Q8_0", "Q4_K_M"] = "F16"
     """The format of model.gguf. Less than F16 is Ollama's work: smaller, on a GPU faster, not the same model."""
     checkpoint_every_s: float = 60.0
@@ -115,7 +118,7 @@ def main(settings: Settings) -> None:
     rows, learning = settings.rows, settings.learning
     folder = settings.output or Path("results") / Path(settings.model).stem.lower()
     if settings.evaluate_only:
-        return evaluate_as_served(folder)
+        return evaluate(folder, settings)
     with tuning.processes() as rank, nullcontext() if rank else export.run_folder(folder) as work:
         tuning.check_base(settings.model)
         tokenizer = tuning.load_tokenizer(settings.model)
@@ -123,6 +126,7 @@ def main(settings: Settings) -> None:
         lora = {"rank": learning.rank, "alpha": learning.alpha, "seed": learning.seed}
         classifier = tuning.load(settings.model, tokenizer, **lora)
         prompts = {name: tuning.encode(tokenizer, part["text"].tolist()) for name, part in splits.items()}
+        zero_shot = None if rank else tuning.label_probabilities(classifier, prompts["test"])
         training = tuning.fit(
             classifier,
             prompts["train"],
@@ -136,11 +140,11 @@ def main(settings: Settings) -> None:
         )
         if rank:
             return
-        export.write_json(work / "settings.json", provenance(settings, splits, counts, classifier, training))
-        export.write_json(work / "splits.json", {name: part["comment_id"].tolist() for name, part in splits.items()})
+        describe(work, settings, splits, counts, classifier, training)
+        evaluation.save_predictions(work / evaluation.PREDICTIONS, splits["test"], "test", {"zero_shot": zero_shot})
         probabilities = {}
         for name in sorted(splits.keys() - {"train"}, key=lambda name: name != rows.calibrate_on):
-            probabilities[name] = np.apply_along_axis(task.softmax, 1, tuning.predict(classifier, prompts[name]))
+            probabilities[name] = tuning.label_probabilities(classifier, prompts[name])
             record(work, splits, name, "torch", probabilities[name])
         export.write_weights(classifier, settings.model, work)
         finish_gguf(
@@ -193,11 +197,13 @@ def stored_splits(folder: Path, settings: Settings) -> dict[str, pd.DataFrame]:
     return {name: pool.loc[ids].reset_index(drop=True) for name, ids in stored.items() if set(ids) <= set(pool.index)}
 
 
-def provenance(settings: Settings, splits: dict, counts: dict, classifier, training: dict) -> dict:
-    """What a reader needs to run it again, and what serving needs to know: label_tokens, class_scores, base."""
+def describe(folder: Path, settings: Settings, splits: dict, counts: dict, classifier, training: dict) -> None:
+    """Write what a reader needs to run it again, and what serving needs to know: label_tokens, class_scores, base."""
     is_file = settings.model.endswith(".gguf")
     train = splits["train"]
-    return {
+    pd.DataFrame(training.pop("curve")).to_csv(folder / "learning_curve.csv", index=False, float_format="%.5g")
+    export.write_json(folder / "splits.json", {name: part["comment_id"].tolist() for name, part in splits.items()})
+    about = {
         "command": "python -m train " + shlex.join(sys.argv[1:]),
         "settings": settings.flat() | {"output": None},  # the folder may be moved
         "commit": commit(),
@@ -217,29 +223,58 @@ def provenance(settings: Settings, splits: dict, counts: dict, classifier, train
         "class_scores": [round(train.loc[train["label"] == label, "score"].mean(), 4) for label in task.LABELS],
         "training": training,
     }
+    export.write_json(folder / "settings.json", about)
 
 
 def record(folder: Path, splits: dict, name: str, engine: str, probabilities: np.ndarray, **origin) -> None:
-    """Add an engine's evaluation to the run's folder: calibration, metrics, report, confusion matrix, model card."""
+    """Add an engine's evaluation to the run's folder: calibration, metrics, predictions, report, pictures, card."""
     run = export.read_settings(folder)
     part, scores, path = splits[name], splits[name]["score"].to_numpy(), folder / "metrics.json"
-    if name == run["settings"]["calibrate_on"]:
+    if name == run["settings"]["calibrate_on"] and (engine == "as_served" or folder.suffix == ".incomplete"):
         fitted = calibration.fit(probabilities, scores, split=name, engine=engine, sha256=run["data"]["sha256"][name])
         replace(fitted, model_sha256=origin.get("model_sha256")).save(folder / "calibration.json")
+    if name == run["settings"]["calibrate_on"]:
         calibrated = calibration.cross_fit(probabilities, scores)
     else:
         calibrated = calibration.Calibration.load(folder / "calibration.json").apply(probabilities)
+    found = {f"{engine}_uncalibrated": probabilities, engine: calibrated}
     metrics = json.loads(path.read_text()) if path.exists() else {}
-    metrics.setdefault(name, {}).update(evaluation.baselines(splits["train"], part, run["class_scores"]))
-    metrics[name][f"{engine}_uncalibrated"] = origin | evaluation.measure(part, probabilities, run["class_scores"])
-    metrics[name][engine] = origin | evaluation.measure(part, calibrated, run["class_scores"])
+    metrics.setdefault(name, {})
+    for classifier, predicted in found.items():
+        metrics[name][classifier] = origin | evaluation.measure(part, predicted, run["class_scores"])
+    if name == "test":
+        metrics[name] |= beside(folder, splits, found, run["class_scores"])
+        metrics[name][f"{engine}_by_group"] = evaluation.groups(part, calibrated)
     export.write_json(path, metrics)
     if name == "test":
-        run_name = folder.name.removesuffix(".incomplete")
+        title = f"{folder.name.removesuffix('.incomplete')}: {len(part)} test comments, {engine}"
         (folder / "report.txt").write_text(evaluation.report(part, calibrated))
-        title = f"{run_name}: {len(part)} test comments, {engine}"
-        evaluation.plot_confusion(part, calibrated, title, folder / "confusion_matrix.png")
-        (folder / "README.md").write_text(export.model_card(run_name, run, evaluation.table(metrics["test"])))
+        pictures.draw_all(folder, title, part, probabilities, calibrated, run["class_scores"])
+        (folder / "README.md").write_text(card.model_card(folder, run, metrics[name], engine))
+
+
+def beside(folder: Path, splits: dict, found: dict[str, np.ndarray], class_scores: list[float]) -> dict:
+    """What the test metrics are to be seen beside: baselines on the same comments, and whether ours is better.
+
+    Baselines are measured once a run; predictions.csv keeps them. found: our probabilities by classifier, the last one
+    calibrated. The best baseline is the one of the highest macro F1.
+    """
+    test, path, others = splits["test"], folder / evaluation.PREDICTIONS, {}
+    known = evaluation.load_predictions(folder, missing_ok=True)
+    if "tfidf_logistic_regression" not in known:
+        evaluation.save_predictions(path, test, "test", evaluation.baselines(splits["train"], test))
+    evaluation.save_predictions(path, test, "test", found)
+    for name, predicted in evaluation.load_predictions(folder).items():
+        if name in ("majority_class", "tfidf_logistic_regression", "zero_shot"):
+            others[name] = evaluation.probabilities_of(predicted)
+    result = {name: evaluation.measure(test, predicted, class_scores) for name, predicted in others.items()}
+    best = max(result, key=lambda name: result[name]["macro_f1"]["value"])
+    engine, ours = list(found.items())[-1]
+    result[f"{engine}_less_{best}"] = evaluation.compare(test, ours, others[best], class_scores)
+    if (ceiling := evaluation.vote(test)) is not None:
+        result["annotators_vote"] = ceiling
+    result["tfidf_by_row_leaky"] = evaluation.by_row(pd.concat([splits["train"], test]), class_scores)
+    return result
 
 
 def finish_gguf(folder: Path, classifier, quantize: str, texts: list[str], expected: np.ndarray) -> None:
@@ -271,34 +306,71 @@ def finish_gguf(folder: Path, classifier, quantize: str, texts: list[str], expec
         if quantize != "F16":
             ollama.convert(folder, "./model.gguf", "--quantize", quantize)
             difference = np.abs(ollama.served_once(folder, tuple(classifier.label_tokens), texts) - expected).mean()
-            print(
-                f"quantised to {quantize} by Ollama, they differ by {difference:.4f}; --evaluate-only tells what it costs"
-            )
+            print(f"quantised to {quantize} by Ollama, they differ by {difference:.4f}; --evaluate-only tells the cost")
     fitted = calibration.Calibration.load(folder / "calibration.json")
     replace(fitted, model_sha256=export.sha256_of(folder / "model.gguf")).save(folder / "calibration.json")
 
 
-def evaluate_as_served(folder: Path) -> None:
-    """Measure a finished run through Ollama on its own test comments: what its users get, quantisation and all."""
-    from tqdm.auto import tqdm
-
+def evaluate(folder: Path, settings: Settings) -> None:
+    """Measure a finished run: on its own test comments, adding to its folder, or on other rows (--test-dataset)."""
     run = export.read_settings(folder)
-    settings = Settings.of(**run["settings"])
-    splits = stored_splits(folder, settings)
+    trained = Settings.of(**run["settings"])
+    splits = stored_splits(folder, trained)
     for name, expected in run["data"]["sha256"].items():
         if name not in splits or data.fingerprint(splits[name]) != expected:
             raise UserError(
-                f"{settings.rows.dataset} has changed since {folder} was trained: its {name} comments differ"
+                f"{trained.rows.dataset} has changed since {folder} was trained: its {name} comments differ"
             )
+    test, other = splits["test"], settings.rows.test_dataset
+    if other:
+        test, seen = data.without(data.comments(data.read(other)).frame, splits["train"])
+        print(f"{other}: {len(test)} comments; {seen} left out, being like one of training")
+    predict = predict_as_served if settings.engine == "ollama" else predict_by_torch
+    probabilities, origin = predict(folder, run, test["text"].tolist())
+    engine = {"ollama": "as_served"}.get(settings.engine, settings.engine)
+    if not other:
+        if engine == "torch" and "zero_shot" not in evaluation.load_predictions(folder, missing_ok=True):
+            tokenizer = tuning.load_tokenizer(trained.model)
+            base = tuning.load(trained.model, tokenizer, rank=1, alpha=1, seed=0)
+            untrained = tuning.label_probabilities(base, tuning.encode(tokenizer, test["text"].tolist()))
+            evaluation.save_predictions(folder / evaluation.PREDICTIONS, test, "test", {"zero_shot": untrained})
+        record(folder, splits, "test", engine, probabilities, **origin)
+        print((folder / "report.txt").read_text())
+        return
+    calibrated = calibration.Calibration.load(folder / "calibration.json").apply(probabilities)
+    measured = {engine: evaluation.measure(test, calibrated, run["class_scores"])}
+    rows = evaluation.groups(test, calibrated)
+    print(evaluation.report(test, calibrated), evaluation.table(measured), evaluation.groups_table(rows), sep="\n\n")
+    path = folder / "evaluations" / f"{Path(other).stem}.json"
+    path.parent.mkdir(exist_ok=True)
+    export.write_json(path, {"dataset": other, engine: origin | measured[engine], f"{engine}_by_group": rows})
+    print(f"\nstored in {path}")
+
+
+def predict_as_served(folder: Path, run: dict, texts: list[str]) -> tuple[np.ndarray, dict]:
+    """(n, 3) label probabilities as users get them, quantisation and all, and where they are from."""
+    from tqdm.auto import tqdm
+
     server = ollama.Ollama(os.environ.get("OLLAMA_HOST", ""), ollama.model_name(folder), tuple(run["label_tokens"]))
     try:
         origin = {"ollama": server.version(), "digest": server.digest(), "model_sha256": server.weights_sha256()}
-        texts = tqdm(splits["test"]["text"], desc="asking Ollama", unit="comment")
-        probabilities = np.array([server.classify(text).probabilities for text in texts])
+        asked = tqdm(texts, desc="asking Ollama", unit="comment")
+        return np.array([server.classify(text).probabilities for text in asked]), origin
     except ollama.OllamaError as error:
         raise UserError(f"{error} (MODEL_DIR={folder} ./bootstrap.sh starts it)") from error
-    record(folder, splits, "test", "as_served", probabilities, **origin)
-    print((folder / "report.txt").read_text())
+
+
+def predict_by_torch(folder: Path, run: dict, texts: list[str]) -> tuple[np.ndarray, dict]:
+    """The same by torch, from the run's adapter, or where it was shipped without, from its merged model.gguf."""
+    adapter, merged, settings = folder / "adapter", folder / "model.gguf", Settings.of(**run["settings"])
+    if not adapter.exists() and not merged.exists():
+        raise UserError(f"{folder} holds neither adapter/ nor model.gguf: MODEL_DIR={folder} ./bootstrap.sh makes one")
+    base = settings.model if adapter.exists() else str(merged)
+    tuning.check_base(base)
+    tokenizer = tuning.load_tokenizer(base)
+    lora = {"rank": settings.learning.rank, "alpha": settings.learning.alpha, "seed": 0}
+    classifier = tuning.load(base, tokenizer, **lora, adapter=adapter if adapter.exists() else None)
+    return tuning.label_probabilities(classifier, tuning.encode(tokenizer, texts)), {"hardware": tuning.hardware()}
 
 
 def commit() -> str | None:

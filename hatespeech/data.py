@@ -61,7 +61,9 @@ class Comments:
     """One row a comment, and what became of the annotation rows.
 
     frame: comment_id (str), text, score (float), label, n_annotations, group (texts alike but for case, spacing,
-    punctuation, links and mentions share one).
+    punctuation, links and mentions share one); and, of optional columns, vote (the annotators' mean answer to
+    `hatespeech`, 0 to 1), agreement (the share of them that gave the commonest answer), else NaN, and targets (names of
+    the `target_*` groups that at least half of them saw), else empty.
     counts: what was read, left out and merged, for the run's report.
     """
 
@@ -80,13 +82,14 @@ def comments(rows: pd.DataFrame, count_tokens=None) -> Comments:
     no_text = text.str.strip().eq("")
     no_score = ~score.map(math.isfinite) & ~no_text
     no_id = rows["comment_id"].isna() & ~no_text & ~no_score
-    kept = pd.DataFrame({"comment_id": rows["comment_id"].astype(str), "text": text, "score": score})[
-        ~(no_text | no_score | no_id)
-    ]
+    usable = ~(no_text | no_score | no_id)
+    kept = pd.DataFrame({"comment_id": rows["comment_id"].astype(str), "text": text, "score": score})[usable]
     frame = kept.groupby("comment_id", sort=False).agg(
         text=("text", "first"), score=("score", "mean"), n_annotations=("score", "size"), n_texts=("text", "nunique")
     )
     frame = frame.reset_index()
+    kept_rows = rows[usable].assign(comment_id=kept["comment_id"])
+    frame = frame.join(_votes(kept_rows), on="comment_id").join(_targets(kept_rows), on="comment_id")
     counts = {
         "rows": len(rows),
         "rows_without_text": int(no_text.sum()),
@@ -107,6 +110,25 @@ def comments(rows: pd.DataFrame, count_tokens=None) -> Comments:
         **{f"comments_{label}": int((frame["label"] == label).sum()) for label in task.LABELS},
     }
     return Comments(frame, counts)
+
+
+def _votes(rows: pd.DataFrame) -> pd.DataFrame:
+    """vote and agreement by comment_id."""
+    if "hatespeech" not in rows:
+        return pd.DataFrame({"vote": float("nan"), "agreement": float("nan")}, index=rows["comment_id"].unique())
+    answers = rows.groupby(["comment_id", "hatespeech"]).size().groupby("comment_id")
+    vote = rows.groupby("comment_id")["hatespeech"].mean() / 2  # 0 no, 1 unclear, 2 yes
+    return pd.DataFrame({"vote": vote, "agreement": answers.max() / answers.sum()})
+
+
+def _targets(rows: pd.DataFrame) -> pd.Series:
+    """targets by comment_id. Of the columns, target_race and its like; target_race_asian and its like are too few."""
+    columns = [name for name in rows.columns if name.startswith("target_") and name.count("_") == 1]
+    seen = rows[columns].map(lambda flag: str(flag).casefold() not in ("nan", "none", "", "false", "0", "0.0", "<na>"))
+    share = seen.groupby(rows["comment_id"]).mean().to_numpy() >= 0.5
+    names = [name.removeprefix("target_") for name in columns]
+    found = [tuple(name for name, flag in zip(names, flags, strict=True) if flag) for flags in share]
+    return pd.Series(found, index=sorted(rows["comment_id"].unique()), name="targets", dtype=object)
 
 
 def _likeness(text: str) -> str:

@@ -1,58 +1,204 @@
-"""How good a classifier is, with intervals, beside baselines from the same data."""
+"""How good a classifier is, with intervals, by group, beside baselines from the same data.
 
+    python -m hatespeech.evaluation results/a results/b     # two runs, metric by metric, on the comments they share
+
+Every interval is of 95 %. Those of metrics are percentile bootstraps over comments, those of error rates Wilson's.
+"""
+
+import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from hatespeech import task
+from hatespeech import UserError, export, task
 
 N_BOOTSTRAP = 1000
+N_BINS = 10  # of confidence, for the expected calibration error
+COVERAGE = 0.8
+SHOWN = ("accuracy", "macro_f1", "weighted_f1", "roc_auc_hate", "pearson_r", "expected_calibration_error")
+COMPARED = ("accuracy", "macro_f1", "roc_auc_hate", "pearson_r")
+# Fewer comments than this say nothing of a gap between groups.
+MIN_GROUP = 20
+HATE = task.LABELS.index("Hate")
 
 
 def measure(frame: pd.DataFrame, probabilities: np.ndarray, class_scores: Sequence[float]) -> dict:
-    """Metrics over comments, each with a 95 % percentile-bootstrap interval over comments.
+    """Metrics over comments: {"n": n, metric: {"value", "low", "high"}}.
 
-    frame: columns label and score. probabilities: (n, 3) in task.LABELS' order.
-    class_scores: the mean score of each class in the training comments; the expected score is their mean, weighted by
-    the probabilities. Returns {"n": n, metric: {"value", "low", "high"}}; f1 as scikit-learn defines it, macro_f1 over
-    the three classes.
+    frame: columns label and score. probabilities: (n, 3) in task.LABELS' order. class_scores: the mean score of each
+    class; the expected score is their mean, weighted by the probabilities. precision, recall and f1 are as
+    scikit-learn defines them, the averages over the three classes; roc_auc_hate and average_precision_hate are of
+    P(Hate) against the rest; expected_calibration_error is of the label's confidence in ten bins of equal width (Guo
+    et al. 2017); brier_score is summed over the classes; accuracy_at_80_coverage is that of the surest four in five.
     """
-    truth = _numbers(frame["label"])
-    decided = probabilities.argmax(axis=1)
-    expected = probabilities @ np.asarray(class_scores)
-    scores = frame["score"].to_numpy()
-    rng = np.random.default_rng(0)
-    samples = [np.arange(len(truth)), *rng.integers(0, len(truth), (N_BOOTSTRAP, len(truth)))]
-    values = pd.DataFrame([_point(truth[i], decided[i], scores[i], expected[i]) for i in samples])
-    low, high = values[1:].quantile(0.025), values[1:].quantile(0.975)
-    return {"n": len(truth)} | {
-        name: {"value": _rounded(values[name][0]), "low": _rounded(low[name]), "high": _rounded(high[name])}
-        for name in values
+    columns = _columns(frame, probabilities, class_scores)
+    points = pd.DataFrame([_point(*(column[rows] for column in columns)) for rows in _resamples(len(frame))])
+    low, high = points[1:].quantile(0.025), points[1:].quantile(0.975)
+    return {"n": len(frame)} | {
+        name: {"value": _rounded(points[name][0]), "low": _rounded(low[name]), "high": _rounded(high[name])}
+        for name in points
     }
 
 
-def _point(truth, decided, scores, expected) -> dict[str, float]:
+def compare(frame: pd.DataFrame, ours: np.ndarray, theirs: np.ndarray, class_scores: Sequence[float]) -> dict:
+    """Paired bootstrap: ours less theirs on the same comments, {metric: {"difference", "low", "high", "p"}}.
+
+    p: two-sided, of no difference (twice the share of samples on the rarer side of 0).
+    """
+    points = [
+        pd.DataFrame([_point(*(column[rows] for column in columns)) for rows in _resamples(len(frame))])[[*COMPARED]]
+        for columns in (_columns(frame, each, class_scores) for each in (ours, theirs))
+    ]
+    differences, result = points[0] - points[1], {}
+    for name in COMPARED:
+        sampled = differences[name][1:].dropna()
+        rarer = min((sampled <= 0).mean(), (sampled >= 0).mean()) if len(sampled) else np.nan
+        result[name] = {
+            "difference": _rounded(differences[name][0]),
+            "low": _rounded(sampled.quantile(0.025)),
+            "high": _rounded(sampled.quantile(0.975)),
+            "p": _rounded(min(1.0, 2 * max(rarer, 1 / N_BOOTSTRAP))),
+        }
+    return result
+
+
+def _columns(frame: pd.DataFrame, probabilities: np.ndarray, class_scores: Sequence[float]) -> list[np.ndarray]:
+    """What _point takes: (n,) truth, (n,) scores, (n, 3) probabilities, (n,) expected scores."""
+    expected = np.asarray(probabilities) @ np.asarray(class_scores)
+    return [numbers(frame["label"]), frame["score"].to_numpy(dtype=float), np.asarray(probabilities), expected]
+
+
+def _resamples(n: int) -> list[np.ndarray]:
+    """Row numbers: all, then the bootstrap's, the same for every classifier, so that differences are paired."""
+    return [np.arange(n), *np.random.default_rng(0).integers(0, n, (N_BOOTSTRAP, n))]
+
+
+def _point(truth, scores, probabilities, expected) -> dict[str, float]:
+    from scipy.stats import rankdata
+    from sklearn.metrics import average_precision_score
+
+    decided, confidence = probabilities.argmax(axis=1), probabilities.max(axis=1)
+    right, hate, n = decided == truth, truth == HATE, len(truth)
     confusion = np.bincount(3 * truth + decided, minlength=9).reshape(3, 3)
-    hits, support = confusion.diagonal(), confusion.sum(axis=1)
-    f1 = 2 * hits / np.maximum(support + confusion.sum(axis=0), 1)
+    hits, support, given = confusion.diagonal(), confusion.sum(axis=1), confusion.sum(axis=0)
+    precision, recall = hits / np.maximum(given, 1), hits / np.maximum(support, 1)
+    f1 = 2 * hits / np.maximum(support + given, 1)
+    both = 0 < hate.sum() < n
     varies = min(scores.std(), expected.std()) > 1e-9
-    return {
-        "accuracy": hits.sum() / len(truth),
+    ranks = rankdata(probabilities[:, HATE])  # the area under the ROC curve is the Mann-Whitney statistic
+    area = (ranks[hate].sum() - hate.sum() * (hate.sum() + 1) / 2) / max(1, hate.sum() * (n - hate.sum()))
+    bins = np.minimum((confidence * N_BINS).astype(int), N_BINS - 1)
+    gaps = np.bincount(bins, right, N_BINS) - np.bincount(bins, confidence, N_BINS)
+    surest = np.argsort(-confidence, kind="stable")[: max(1, round(COVERAGE * n))]
+    point = {
+        "accuracy": right.mean(),
         "macro_f1": f1.mean(),
-        "weighted_f1": f1 @ support / len(truth),
+        "weighted_f1": f1 @ support / n,
+        "roc_auc_hate": area if both else np.nan,
+        "average_precision_hate": average_precision_score(hate, probabilities[:, HATE]) if both else np.nan,
         "pearson_r": np.corrcoef(scores, expected)[0, 1] if varies else np.nan,
-        **{f"f1_{label}": value for label, value in zip(task.LABELS, f1, strict=True)},
+        "spearman_r": np.corrcoef(rankdata(scores), rankdata(expected))[0, 1] if varies else np.nan,
+        "expected_calibration_error": np.abs(gaps).sum() / n,
+        "brier_score": ((probabilities - np.eye(3)[truth]) ** 2).sum(axis=1).mean(),
+        "accuracy_at_80_coverage": right[surest].mean(),
     }
+    for name, values in (("precision", precision), ("recall", recall), ("f1", f1)):
+        point |= {f"{name}_{label}": value for label, value in zip(task.LABELS, values, strict=True)}
+    return point
 
 
-def _rounded(value: float) -> float | None:
-    return None if np.isnan(value) else round(float(value), 4)
+def groups(frame: pd.DataFrame, probabilities: np.ndarray) -> list[dict]:
+    """How often each group's comments are wrongly called Hate, and its Hate is missed.
+
+    By length in characters, by the annotators' agreement and by target group, where the rows tell them. Returns rows
+    {"by", "group", "n", "false_positive_rate", "false_negative_rate"}, a rate {"value", "low", "high", "n"}.
+    """
+    hate, called = frame["label"] == "Hate", probabilities.argmax(axis=1) == HATE
+    lengths = pd.cut(frame["text"].str.len(), [0, 60, 120, 240, np.inf], labels=["to 60", "to 120", "to 240", "more"])
+    members = [("length, characters", str(name), lengths == name) for name in lengths.cat.categories]
+    if frame["agreement"].notna().any():
+        agreement = pd.cut(frame["agreement"], [0, 0.67, 0.99, 1], labels=["low", "most", "all"])
+        members += [("annotators agree", str(name), agreement == name) for name in agreement.cat.categories]
+    for name in sorted({name for names in frame["targets"] for name in names}):
+        members.append(("target", name, frame["targets"].map(lambda names, name=name: name in names)))
+    rows = []
+    for by, name, member in members:
+        row = {"by": by, "group": name, "n": int(member.sum())}
+        row["false_positive_rate"] = _rate(called[member & ~hate])
+        row["false_negative_rate"] = _rate(~called[member & hate])
+        rows.append(row)
+    return [row for row in rows if row["n"]]
 
 
-def _numbers(labels: Sequence[str]) -> np.ndarray:
-    return np.array([task.LABELS.index(label) for label in labels])
+def _rate(wrong: np.ndarray) -> dict:
+    from scipy.stats import binomtest
+
+    if not len(wrong):
+        return {"value": None, "low": None, "high": None, "n": 0}
+    interval = binomtest(int(wrong.sum()), len(wrong)).proportion_ci(method="wilson")
+    found = {"value": wrong.mean(), "low": interval.low, "high": interval.high}
+    return {name: _rounded(value) for name, value in found.items()} | {"n": len(wrong)}
+
+
+def gaps(rows: list[dict]) -> list[str]:
+    """Sentences: between which groups an error rate differs most, where the intervals do not overlap."""
+    found = []
+    for by in dict.fromkeys(row["by"] for row in rows):
+        for rate in ("false_positive_rate", "false_negative_rate"):
+            sure = [row for row in rows if row["by"] == by and row[rate]["n"] >= MIN_GROUP]
+            if len(sure) < 2:
+                continue
+            low, high = (pick(sure, key=lambda row: row[rate]["value"]) for pick in (min, max))
+            if low[rate]["high"] < high[rate]["low"]:
+                found.append(
+                    f"{rate.replace('_', ' ')} by {by}: {high['group']} {high[rate]['value']:.2f}, "
+                    f"{low['group']} {low[rate]['value']:.2f}"
+                )
+    return found
+
+
+def baselines(train: pd.DataFrame, test: pd.DataFrame) -> dict[str, np.ndarray]:
+    """What needs no LLM, fitted on the same training comments: (n, 3) probabilities of the test comments, by name."""
+    majority = np.zeros((len(test), 3))
+    majority[:, np.bincount(numbers(train["label"]), minlength=3).argmax()] = 1
+    return {"majority_class": majority, "tfidf_logistic_regression": _tfidf(train, test)}
+
+
+def by_row(frame: pd.DataFrame, class_scores: Sequence[float]) -> dict:
+    """The reference's protocol, which leaks: TF-IDF on a random fifth of the annotation rows, trained on the others.
+
+    Rows of one comment are on both sides. No figure to compare with: it shows what such a split flatters by.
+    """
+    rows = frame.loc[frame.index.repeat(frame["n_annotations"])].sample(frac=1, random_state=0)
+    train, test = rows[len(rows) // 5 :], rows[: len(rows) // 5]
+    seen = test["comment_id"].isin(train["comment_id"]).mean()
+    return {"test_rows_seen_in_training": _rounded(seen)} | measure(test, _tfidf(train, test), class_scores)
+
+
+def vote(frame: pd.DataFrame) -> dict | None:
+    """The annotators' own mean vote as a detector of Hate: what no classifier of a text alone should expect to beat."""
+    from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
+
+    if frame["vote"].isna().any():
+        return None
+    hate, votes = frame["label"] == "Hate", frame["vote"]
+    found = {"roc_auc_hate": roc_auc_score(hate, votes), "average_precision_hate": average_precision_score(hate, votes)}
+    found["f1_Hate"] = f1_score(hate, votes > 0.5)
+    return {"n": len(frame)} | {name: _rounded(value) for name, value in found.items()}
+
+
+def _tfidf(train: pd.DataFrame, test: pd.DataFrame) -> np.ndarray:
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+
+    model = make_pipeline(
+        TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True), LogisticRegression(C=4.0, max_iter=1000)
+    )
+    return model.fit(train["text"], numbers(train["label"])).predict_proba(test["text"])
 
 
 def report(frame: pd.DataFrame, probabilities: np.ndarray) -> str:
@@ -60,7 +206,7 @@ def report(frame: pd.DataFrame, probabilities: np.ndarray) -> str:
     from sklearn.metrics import classification_report
 
     return classification_report(
-        _numbers(frame["label"]),
+        numbers(frame["label"]),
         probabilities.argmax(axis=1),
         labels=range(3),
         target_names=task.LABELS,
@@ -68,53 +214,114 @@ def report(frame: pd.DataFrame, probabilities: np.ndarray) -> str:
     )
 
 
-def plot_confusion(frame: pd.DataFrame, probabilities: np.ndarray, title: str, path: Path) -> None:
-    """Counts, shaded by the share of each true class."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
-
-    counts = confusion_matrix(_numbers(frame["label"]), probabilities.argmax(axis=1), labels=range(3))
-    figure, axes = plt.subplots(figsize=(4.8, 4.2), layout="constrained")
-    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    display = ConfusionMatrixDisplay(shares, display_labels=task.LABELS)
-    display.plot(ax=axes, cmap="cividis", colorbar=False, im_kw={"vmin": 0, "vmax": 1}, include_values=False)
-    for row, column in np.ndindex(3, 3):
-        text = f"{counts[row, column]}\n{shares[row, column]:.0%}"
-        axes.text(column, row, text, ha="center", va="center", color="black" if shares[row, column] > 0.5 else "white")
-    axes.set_title(title, fontsize=10)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
-def baselines(train: pd.DataFrame, test: pd.DataFrame, class_scores: Sequence[float]) -> dict[str, dict]:
-    """What needs no LLM, fitted on the same training comments: the majority class, TF-IDF + logistic regression."""
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-
-    tfidf = make_pipeline(
-        TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True), LogisticRegression(C=4.0, max_iter=1000)
-    )
-    tfidf.fit(train["text"], _numbers(train["label"]))
-    majority = np.zeros((len(test), 3))
-    majority[:, np.bincount(_numbers(train["label"]), minlength=3).argmax()] = 1
-    return {
-        "majority_class": measure(test, majority, class_scores),
-        "tfidf_logistic_regression": measure(test, tfidf.predict_proba(test["text"]), class_scores),
-    }
-
-
 def table(results: dict[str, dict]) -> str:
-    """Markdown: one line a classifier, value and interval."""
-    metrics = ("accuracy", "macro_f1", "weighted_f1", "pearson_r")
-    lines = ["| classifier | " + " | ".join(metrics) + " |", "| --- |" + " --- |" * len(metrics)]
+    """Markdown: one line a classifier, value and interval. results: measure's, by name; others are passed over."""
+    lines = ["| classifier | " + " | ".join(SHOWN) + " |", "| --- |" + " --- |" * len(SHOWN)]
     for name, result in results.items():
-        cells = []
-        for metric in metrics:
-            value, low, high = (result[metric][key] for key in ("value", "low", "high"))
-            cells.append("-" if value is None else f"{value:.3f} ({low:.3f} to {high:.3f})")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        if isinstance(result, dict) and "accuracy" in result and "test_rows_seen_in_training" not in result:
+            cells = []
+            for metric in SHOWN:
+                value, low, high = (result[metric][key] for key in ("value", "low", "high"))
+                cells.append("-" if value is None else f"{value:.3f} ({low:.3f} to {high:.3f})")
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def comparison_table(compared: dict) -> str:
+    """Markdown of compare's result."""
+    lines = ["| metric | difference | 95 % interval | p |", "| --- | ---: | --- | ---: |"]
+    for name, found in compared.items():
+        if found["difference"] is not None:
+            interval = f"{found['low']:+.3f} to {found['high']:+.3f}"
+            lines.append(f"| {name} | {found['difference']:+.3f} | {interval} | {found['p']:.3f} |")
+    return "\n".join(lines)
+
+
+def groups_table(rows: list[dict]) -> str:
+    """Markdown of groups' rows."""
+
+    def cell(rate: dict) -> str:
+        if rate["value"] is None:
+            return "-"
+        return f"{rate['value']:.2f} ({rate['low']:.2f} to {rate['high']:.2f}), n = {rate['n']}"
+
+    lines = [
+        "| by | group | comments | false positive rate | false negative rate |",
+        "| --- | --- | ---: | --- | --- |",
+    ]
+    for row in rows:
+        rates = (cell(row[name]) for name in ("false_positive_rate", "false_negative_rate"))
+        lines.append(f"| {row['by']} | {row['group']} | {row['n']} | " + " | ".join(rates) + " |")
+    return "\n".join(lines)
+
+
+PREDICTIONS = "predictions.csv"
+
+
+def save_predictions(path: Path, frame: pd.DataFrame, split: str, by_classifier: dict[str, np.ndarray]) -> None:
+    """Add classifiers' probabilities, comment by comment and without texts, to a run's predictions.csv."""
+    stored = pd.read_csv(path, dtype={"comment_id": str}) if path.exists() else None
+    added = []
+    for name, probabilities in by_classifier.items():
+        rows = frame[["comment_id", "score", "label"]].assign(split=split, classifier=name)
+        added.append(rows.assign(**{f"p_{label.lower()}": probabilities[:, k] for k, label in enumerate(task.LABELS)}))
+    if stored is not None:
+        again = (stored["split"] == split) & stored["classifier"].isin(by_classifier)
+        added = [stored[~again], *added]
+    pd.concat(added).to_csv(path, index=False, float_format="%.6g")
+
+
+def load_predictions(run: Path, split: str = "test", missing_ok: bool = False) -> dict[str, pd.DataFrame]:
+    """A split's predictions by classifier: frames with comment_id, score, label, p_hate, p_neutral, p_supportive."""
+    path = run / PREDICTIONS
+    if not path.exists():
+        if missing_ok:
+            return {}
+        raise UserError(f"{run} holds no {PREDICTIONS}: python -m train --evaluate-only --output {run}")
+    stored = pd.read_csv(path, dtype={"comment_id": str})
+    stored = stored[stored["split"] == split]
+    return {name: part.reset_index(drop=True) for name, part in stored.groupby("classifier", sort=False)}
+
+
+def probabilities_of(frame: pd.DataFrame) -> np.ndarray:
+    """(n, 3) of a frame of load_predictions."""
+    return frame[[f"p_{label.lower()}" for label in task.LABELS]].to_numpy()
+
+
+def compare_runs(first: Path, second: Path) -> str:
+    """Markdown: the second run less the first, on the test comments that both have."""
+    predictions = [load_predictions(run) for run in (first, second)]
+    engine = next((name for name in ("as_served", "torch") if all(name in each for each in predictions)), None)
+    if engine is None:
+        raise UserError(f"{first} and {second} were not measured by the same engine: python -m train --evaluate-only")
+    ours, theirs = (each[engine].set_index("comment_id") for each in predictions)
+    shared = ours.index.intersection(theirs.index)
+    if not len(shared):
+        raise UserError(f"{first} and {second} share no test comment")
+    ours, theirs = ours.loc[shared], theirs.loc[shared]
+    compared = compare(
+        ours, probabilities_of(theirs), probabilities_of(ours), export.read_settings(first)["class_scores"]
+    )
+    return f"{second} less {first}, {engine}, {len(shared)} test comments:\n\n{comparison_table(compared)}"
+
+
+def numbers(labels: Sequence[str]) -> np.ndarray:
+    """The labels' places in task.LABELS."""
+    return np.array([task.LABELS.index(label) for label in labels])
+
+
+def _rounded(value: float) -> float | None:
+    return None if np.isnan(value) else round(float(value), 4)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m hatespeech.evaluation", description=compare_runs.__doc__)
+    parser.add_argument("runs", type=Path, nargs=2, help="two runs' folders, e.g. results/a results/b")
+    try:
+        print(compare_runs(*parser.parse_args().runs))
+    except UserError as error:
+        sys.exit(f"evaluation: {error}")
+
+
+if __name__ == "__main__":
+    main()

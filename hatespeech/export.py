@@ -130,57 +130,6 @@ def name_pretokenizer(gguf_path: Path, tokenizer) -> None:
     write_gguf(writer, part, gguf_path)
 
 
-def model_card(name: str, run: dict, table: str) -> str:
-    """README.md of a run's folder. run: its settings.json. table: the test metrics, in Markdown."""
-    settings, training = run["settings"], run["training"]
-    calibrated_on = f"the {settings['calibrate_on']} comments"
-    if settings["calibrate_on"] == "test":
-        calibrated_on += ", cross-fitted: no comment calibrates itself"
-    return f"""# {name}
-
-A LoRA of `{run["base"]["name"]}` that tells {" / ".join(task.LABELS)} apart by one token, made by
-
-    {run["command"]}
-
-on {run["hardware"]} in {training["seconds"]:.0f} s ({training["rows_per_s"]:.0f} rows/s).
-
-**Trained on** {run["data"]["comments"]["train"]:,} comments of `{settings["dataset"]}`, {settings["targets"]} targets.
-{settings["note"]}
-
-**Tested on** {run["data"]["comments"]["test"]:,} comments of `{settings["test_dataset"] or settings["dataset"]}`
-that share no text with them. Each figure with its 95 % bootstrap interval over comments:
-
-{table}
-
-`torch` is the model as trained, `as_served` the exported GGUF through Ollama, both calibrated on {calibrated_on}.
-pearson_r is that of the expected score with the true one. metrics.json has all of it; settings.json has the versions,
-the commit and the data's sha256.
-
-**Read** and left out, by data set:
-
-{_counts_table(run["data"]["counts"])}
-
-**Serve it** with `MODEL_DIR=results/{name} ./bootstrap.sh`.
-
-**Limits.** It was taught one data set's idea of hate speech, by English-language comments of 2019 or before. It errs as
-often as the table says; expect more on dialect, quotation, irony and reclaimed words. Let it rank and pre-sort for
-people; don't let it punish anyone alone.
-
-Data: Measuring Hate Speech, UC Berkeley D-Lab (Kennedy et al. 2020; Sachdeva et al. 2022), CC-BY-4.0.
-"""
-
-
-def _counts_table(counts: dict) -> str:
-    """Markdown: a line a count, a column a data set; counts that are no data set's come after."""
-    sets = {name: found for name, found in counts.items() if isinstance(found, dict)}
-    lines = ["| | " + " | ".join(f"`{name}`" for name in sets) + " |", "| --- |" + " ---: |" * len(sets)]
-    for what in dict.fromkeys(what for found in sets.values() for what in found):
-        cells = (f"{found[what]:,}" if what in found else "-" for found in sets.values())
-        lines.append(f"| {what.replace('_', ' ')} | " + " | ".join(cells) + " |")
-    rest = (f"{what.replace('_', ' ')}: {n:,}" for what, n in counts.items() if what not in sets)
-    return "\n\n".join(["\n".join(lines), *rest])
-
-
 def write_adapter(model, path: Path) -> None:
     """A PEFT LoRA as the GGUF that llama.cpp and Ollama's ADAPTER read, in fp16.
 

@@ -83,9 +83,10 @@ def check_base(base: str) -> None:
         )
 
 
-def load(base: str, tokenizer, *, rank: int, alpha: int, seed: int) -> Classifier:
-    """The base with a fresh LoRA on every linear layer: 4 bit through unsloth on CUDA, else fp32 through PEFT.
+def load(base: str, tokenizer, *, rank: int, alpha: int, seed: int, adapter: Path | None = None) -> Classifier:
+    """The base with a LoRA on every linear layer: 4 bit through unsloth on CUDA, else fp32 through PEFT.
 
+    The LoRA is fresh, or that of a run's adapter/.
     base: hub id, local directory, or .gguf file. tokenizer: of load_tokenizer.
     """
     import torch
@@ -118,6 +119,11 @@ def load(base: str, tokenizer, *, rank: int, alpha: int, seed: int) -> Classifie
             model = AutoModelForCausalLM.from_pretrained(**_location(base), dtype=torch.float32)
             model = get_peft_model(model, LoraConfig(**lora, task_type="CAUSAL_LM"))
             attention_takes_masks = True
+    if adapter:
+        from peft import set_peft_model_state_dict
+        from safetensors.torch import load_file
+
+        set_peft_model_state_dict(model, load_file(adapter / "adapter_model.safetensors"))
     model.peft_config["default"].base_model_name_or_path = base
     # A window that a prompt may outgrow is not in packing's mask.
     share_prefix = (
@@ -208,7 +214,7 @@ def fit(
     checkpoint: Path | None = None,
     checkpoint_every_s: float = 60.0,
 ) -> dict[str, float]:
-    """Train the LoRA on class probabilities; return seconds, rows/s, peak memory (GB) and the loss of the last tenth.
+    """Train the LoRA on class probabilities; return seconds, rows/s, peak memory (GB) and the curve of the loss.
 
     targets: (n, 3), weighted by class or not. The loss is the cross-entropy over the whole vocabulary at the label
     position, its mean over the batch. AdamW, linear warm-up over 5 % of the steps, then a cosine to 0.
@@ -309,6 +315,10 @@ def fit(
         "tokens_at_once": classifier.tokens_at_once,
         "peak_memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2) if cuda else None,
         "last_loss": round(torch.stack(done.losses[-max(1, steps // 10) :]).mean().item(), 4),
+        "curve": {
+            "rows": np.linspace(0, done.rows, steps + 1)[1:].astype(int),
+            "loss": torch.stack(done.losses).tolist(),
+        },
     }
 
 
@@ -325,6 +335,13 @@ def predict(classifier: Classifier, prompts: Sequence[list[int]]) -> np.ndarray:
                 logprobs[start + piece.rows] = label_logprobs(classifier, piece).cpu().numpy()
                 progress.update(len(piece.rows))
     return logprobs
+
+
+def label_probabilities(classifier: Classifier, prompts: Sequence[list[int]]) -> np.ndarray:
+    """(n, 3) probabilities among the labels alone, as serving renormalises them."""
+    logprobs = predict(classifier, prompts)
+    weights = np.exp(logprobs - logprobs.max(axis=1, keepdims=True))
+    return weights / weights.sum(axis=1, keepdims=True)
 
 
 @contextmanager

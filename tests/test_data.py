@@ -61,6 +61,19 @@ def test_control_tokens_in_a_text_are_counted_and_emoji_are_text():
     assert merged.counts["comments_like_another"] == 0
 
 
+def test_votes_and_target_groups_of_a_comment_are_its_annotators():
+    annotated = rows((1, "a", 0.0), (1, "a", 0.0), (1, "a", 0.0), (2, "b", 0.0))
+    annotated = annotated.assign(hatespeech=[0.0, 2.0, 2.0, 0.0], target_race=[True, True, False, False])
+    annotated = annotated.assign(target_gender=[None, "Women", None, float("nan")], target_race_asian=True)
+    frame = data.comments(annotated).frame
+    assert frame["vote"].tolist() == pytest.approx([2 / 3, 0])
+    assert frame["agreement"].tolist() == pytest.approx([2 / 3, 1])
+    assert frame["targets"].tolist() == [("race",), ()]
+    plain = data.comments(rows((1, "a", 0.0))).frame
+    assert plain[["vote", "agreement"]].isna().all(axis=None)
+    assert plain["targets"].tolist() == [()]
+
+
 def test_texts_alike_share_a_group():
     alike = ["Go HOME!!", "go home", "@you go home https://t.co/x", "go, home 😀"]
     merged = data.comments(rows(*[(i, text, 0.0) for i, text in enumerate([*alike, "stay home", "😀", "😡"])]))

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 
 import train
-from hatespeech import UserError, data, export, ollama, task, tuning
+from hatespeech import UserError, data, evaluation, export, ollama, tuning
 from tests.conftest import ROOT, free_port
 from tests.test_data import GOLD, SILVER
 
@@ -58,15 +58,9 @@ def texts() -> list[str]:
 
 def by_torch(base: str, adapter: Path, texts: list[str]) -> np.ndarray:
     """(n, 3) label probabilities of base + PEFT adapter in fp32."""
-    import torch
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(**tuning._location(base), dtype=torch.float32)
-    model, tokenizer = PeftModel.from_pretrained(model, adapter), tuning.load_tokenizer(base)
-    classifier = tuning.Classifier(model, tokenizer, tuning.label_ids(tokenizer))
-    logprobs = tuning.predict(classifier, tuning.encode(tokenizer, texts))
-    return np.apply_along_axis(task.softmax, 1, logprobs)
+    tokenizer = tuning.load_tokenizer(base)
+    classifier = tuning.load(base, tokenizer, rank=16, alpha=32, seed=0, adapter=adapter)
+    return tuning.label_probabilities(classifier, tuning.encode(tokenizer, texts))
 
 
 def by_ollama(client, texts: list[str]) -> np.ndarray:
@@ -76,7 +70,9 @@ def by_ollama(client, texts: list[str]) -> np.ndarray:
 @pytest.mark.slow
 def test_the_folder_holds_all_that_is_promised(trained, some_silver):
     assert {path.name for path in trained.iterdir()} == {
-        *("settings.json", "splits.json", "metrics.json", "report.txt", "confusion_matrix.png", "calibration.json"),
+        *("settings.json", "splits.json", "metrics.json", "report.txt", "calibration.json", "predictions.csv"),
+        *("confusion_matrix.png", "reliability.png", "scores.png", "coverage.png", "groups.png"),
+        *("learning_curve.png", "learning_curve.csv"),
         *("adapter", "adapter.gguf", "model.gguf", "Modelfile", "README.md"),
     }
     settings = json.loads((trained / "settings.json").read_text())
@@ -90,8 +86,16 @@ def test_the_folder_holds_all_that_is_promised(trained, some_silver):
     assert {name: len(part) for name, part in splits.items()} == settings["data"]["comments"]
     assert len(ids) == len(set(ids)) == 240
     metrics = json.loads((trained / "metrics.json").read_text())
-    assert set(metrics["test"]) == {"majority_class", "tfidf_logistic_regression", "torch", "torch_uncalibrated"}
+    (versus,) = set(metrics["test"]) - {
+        *("majority_class", "tfidf_logistic_regression", "zero_shot", "torch", "torch_uncalibrated"),
+        *("torch_by_group", "tfidf_by_row_leaky"),
+    }
+    assert versus.startswith("torch_less_")
+    assert 0 < metrics["test"][versus]["macro_f1"]["p"] <= 1
     assert metrics["test"]["torch"]["n"] == len(splits["test"])
+    predictions = pd.read_csv(trained / "predictions.csv", dtype={"comment_id": str})
+    assert predictions.groupby("classifier")["comment_id"].apply(list).map(splits["test"].__eq__).all()
+    assert len(pd.read_csv(trained / "learning_curve.csv")) == 12
     card = (trained / "README.md").read_text()
     assert "| torch |" in card
     assert "CC-BY-4.0" in card
@@ -185,6 +189,25 @@ def test_evaluate_only_measures_the_run_as_served(trained, create, ollama_host, 
     assert len(test["as_served"]["digest"]) == 64
     difference = test["as_served_uncalibrated"]["pearson_r"]["value"] - test["torch_uncalibrated"]["pearson_r"]["value"]
     assert abs(difference) < 0.02
+    bound = json.loads((trained / "calibration.json").read_text())
+
+    # The same by torch, from adapter/: what training measured, and the served model's calibration stays.
+    before = json.loads((trained / "metrics.json").read_text())["test"]["torch"]
+    train.main(train.Settings.of(output=trained, evaluate_only=True, engine="torch"))
+    after = json.loads((trained / "metrics.json").read_text())["test"]["torch"]
+    assert after["pearson_r"]["value"] == pytest.approx(before["pearson_r"]["value"], abs=1e-3)
+    assert json.loads((trained / "calibration.json").read_text()) == bound
+
+    # On rows of one's own, and one run less itself.
+    rows = pd.read_csv(GOLD)[:60]
+    rows.to_csv(trained.parent / "yours.csv", index=False)
+    yours = str(trained.parent / "yours.csv")
+    train.main(train.Settings.of(output=trained, evaluate_only=True, test_dataset=yours))
+    assert "yours.csv: 60 comments; 0 left out" in capsys.readouterr().out
+    stored = json.loads((trained / "evaluations" / "yours.json").read_text())
+    assert stored["as_served"]["n"] == 60
+    same = evaluation.compare_runs(trained, trained)
+    assert "| accuracy | +0.000 | +0.000 to +0.000 | 1.000 |" in same
 
 
 @pytest.mark.slow
@@ -238,17 +261,17 @@ def test_an_evaluation_of_changed_data_is_refused(tmp_path, base_gguf, run, monk
     (tmp_path / "settings.json").write_text(json.dumps(stored))
     shutil.copy(run / "splits.json", tmp_path)
     with pytest.raises(UserError, match="has changed since"):
-        train.evaluate_as_served(tmp_path)
+        train.evaluate(tmp_path, train.Settings())
     splits = json.loads((run / "splits.json").read_text())
     (tmp_path / "splits.json").write_text(json.dumps(splits | {"test": [*splits["test"], "no such comment"]}))
     with pytest.raises(UserError, match="its test comments differ"):
-        train.evaluate_as_served(tmp_path)
+        train.evaluate(tmp_path, train.Settings())
 
 
 def test_evaluate_only_without_ollama_says_how_to_start_it(run, monkeypatch):
     monkeypatch.setenv("OLLAMA_HOST", f"127.0.0.1:{free_port()}")
     with pytest.raises(UserError, match=r"can't be reached.*MODEL_DIR=.*bootstrap\.sh"):
-        train.evaluate_as_served(run)
+        train.evaluate(run, train.Settings())
 
 
 def test_the_shipped_metrics_are_of_the_shipped_data(run):
