@@ -239,42 +239,40 @@ def record(folder: Path, splits: dict, name: str, engine: str, probabilities: np
         calibrated = calibration.Calibration.load(folder / "calibration.json").apply(probabilities)
     found = {f"{engine}_uncalibrated": probabilities, engine: calibrated}
     metrics = json.loads(path.read_text()) if path.exists() else {}
-    metrics.setdefault(name, {})
     for classifier, predicted in found.items():
-        metrics[name][classifier] = origin | evaluation.measure(part, predicted, run["class_scores"])
+        measured = origin | evaluation.measure(part, predicted, run["class_scores"])
+        metrics.setdefault(name, {})[classifier] = measured
     if name == "test":
-        metrics[name] |= beside(folder, splits, found, run["class_scores"])
-        metrics[name][f"{engine}_by_group"] = evaluation.groups(part, calibrated)
+        set_beside(folder, splits, metrics, engine, found, run["class_scores"])
     export.write_json(path, metrics)
     if name == "test":
         title = f"{folder.name.removesuffix('.incomplete')}: {len(part)} test comments, {engine}"
         (folder / "report.txt").write_text(evaluation.report(part, calibrated))
         pictures.draw_all(folder, title, part, probabilities, calibrated, run["class_scores"])
-        (folder / "README.md").write_text(card.model_card(folder, run, metrics[name], engine))
+        (folder / "README.md").write_text(card.model_card(folder, run, metrics, engine))
 
 
-def beside(folder: Path, splits: dict, found: dict[str, np.ndarray], class_scores: list[float]) -> dict:
-    """What the test metrics are to be seen beside: baselines on the same comments, and whether ours is better.
+def set_beside(folder: Path, splits: dict, metrics: dict, engine: str, found: dict, class_scores: list[float]) -> None:
+    """Add to the metrics what ours are to be seen beside: baselines on the same comments and the differences to the best
+    of them (by macro F1), error rates by group, the annotators' own vote, the reference's leaky protocol.
 
-    Baselines are measured once a run; predictions.csv keeps them. found: our probabilities by classifier, the last one
-    calibrated. The best baseline is the one of the highest macro F1.
+    found: our probabilities by classifier. All go to predictions.csv, which also keeps the zero-shot ones of before
+    training.
     """
-    test, path, others = splits["test"], folder / evaluation.PREDICTIONS, {}
-    known = evaluation.load_predictions(folder, missing_ok=True)
-    if "tfidf_logistic_regression" not in known:
+    test, path, baselines = splits["test"], folder / evaluation.PREDICTIONS, {}
+    if "tfidf_logistic_regression" not in evaluation.load_predictions(folder, missing_ok=True):
         evaluation.save_predictions(path, test, "test", evaluation.baselines(splits["train"], test))
     evaluation.save_predictions(path, test, "test", found)
     for name, predicted in evaluation.load_predictions(folder).items():
         if name in ("majority_class", "tfidf_logistic_regression", "zero_shot"):
-            others[name] = evaluation.probabilities_of(predicted)
-    result = {name: evaluation.measure(test, predicted, class_scores) for name, predicted in others.items()}
-    best = max(result, key=lambda name: result[name]["macro_f1"]["value"])
-    engine, ours = list(found.items())[-1]
-    result[f"{engine}_less_{best}"] = evaluation.compare(test, ours, others[best], class_scores)
-    if (ceiling := evaluation.vote(test)) is not None:
-        result["annotators_vote"] = ceiling
-    result["tfidf_by_row_leaky"] = evaluation.by_row(pd.concat([splits["train"], test]), class_scores)
-    return result
+            baselines[name] = evaluation.probabilities_of(predicted)
+            metrics["test"][name] = evaluation.measure(test, baselines[name], class_scores)
+    best = max(baselines, key=lambda name: metrics["test"][name]["macro_f1"]["value"])
+    compared = evaluation.compare(test, found[engine], baselines[best], class_scores)
+    metrics.setdefault("test_differences", {})[engine] = {"baseline": best, "metrics": compared}
+    metrics.setdefault("test_groups", {})[engine] = evaluation.groups(test, found[engine])
+    metrics["annotators_vote"] = evaluation.vote(test)
+    metrics["tfidf_by_row_leaky"] = evaluation.by_row(pd.concat([splits["train"], test]), class_scores)
 
 
 def finish_gguf(folder: Path, classifier, quantize: str, texts: list[str], expected: np.ndarray) -> None:

@@ -6,14 +6,14 @@ from hatespeech import evaluation, task
 
 
 def model_card(folder: Path, run: dict, metrics: dict, engine: str) -> str:
-    """README.md of a run's folder. run: its settings.json. metrics: of its test comments. engine: the last measured."""
+    """README.md of a run's folder. run, metrics: its settings.json and metrics.json. engine: the last measured."""
     name, settings, training = folder.name.removesuffix(".incomplete"), run["settings"], run["training"]
     calibrated_on = f"the {settings['calibrate_on']} comments"
     if settings["calibrate_on"] == "test":
         calibrated_on += ", cross-fitted: no comment calibrates itself"
-    (versus,) = (key for key in metrics if key.startswith(f"{engine}_less_"))
-    leaky = metrics["tfidf_by_row_leaky"]
-    gaps = evaluation.gaps(metrics[f"{engine}_by_group"])
+    versus, leaky = metrics["test_differences"][engine], metrics["tfidf_by_row_leaky"]
+    groups = metrics["test_groups"][engine]
+    gaps = evaluation.gaps(groups)
     notes = (folder / "NOTES.md").read_text() if (folder / "NOTES.md").exists() else ""  # written by a person
     return f"""# {name}
 
@@ -29,15 +29,15 @@ on {run["hardware"]} in {training["seconds"]:.0f} s ({training["rows_per_s"]:.0f
 **Tested on** {run["data"]["comments"]["test"]:,} comments of `{settings["test_dataset"] or settings["dataset"]}`
 that share no text with them. Each figure with its 95 % bootstrap interval over comments:
 
-{evaluation.table(metrics)}
+{evaluation.table(metrics["test"])}
 
 `torch` is the model as trained, `as_served` the exported GGUF through Ollama, both calibrated on {calibrated_on};
 `zero_shot` is the base untrained. pearson_r is that of the expected score with the true one. metrics.json has all of
 it, predictions.csv every comment's; settings.json has the versions, the commit and the data's sha256.
 
-**Is it better than {versus.split("_less_")[1]}?** A paired bootstrap of the differences:
+**Is it better than {versus["baseline"]}?** A paired bootstrap of the differences:
 
-{evaluation.comparison_table(metrics[versus])}
+{evaluation.comparison_table(versus["metrics"])}
 
 A split by annotation rows, as the reference has it, would have had {leaky["test_rows_seen_in_training"]:.0%} of its
 test rows' comments in training, and TF-IDF at accuracy {leaky["accuracy"]["value"]:.3f} (leaky, not to be compared).
@@ -47,7 +47,7 @@ test rows' comments in training, and TF-IDF at accuracy {leaky["accuracy"]["valu
 
 **For whom is it wrong?** Of comments that are not Hate the share called Hate, and of Hate the share missed:
 
-{evaluation.groups_table(metrics[f"{engine}_by_group"])}
+{evaluation.groups_table(groups)}
 
 {"Gaps whose intervals do not overlap: " + "; ".join(gaps) + "." if gaps else "No gap whose intervals do not overlap."}
 

@@ -215,15 +215,14 @@ def report(frame: pd.DataFrame, probabilities: np.ndarray) -> str:
 
 
 def table(results: dict[str, dict]) -> str:
-    """Markdown: one line a classifier, value and interval. results: measure's, by name; others are passed over."""
+    """Markdown: one line a classifier, value and interval. results: measure's, by name."""
     lines = ["| classifier | " + " | ".join(SHOWN) + " |", "| --- |" + " --- |" * len(SHOWN)]
     for name, result in results.items():
-        if isinstance(result, dict) and "accuracy" in result and "test_rows_seen_in_training" not in result:
-            cells = []
-            for metric in SHOWN:
-                value, low, high = (result[metric][key] for key in ("value", "low", "high"))
-                cells.append("-" if value is None else f"{value:.3f} ({low:.3f} to {high:.3f})")
-            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        cells = []
+        for metric in SHOWN:
+            value, low, high = (result[metric][key] for key in ("value", "low", "high"))
+            cells.append("-" if value is None else f"{value:.3f} ({low:.3f} to {high:.3f})")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

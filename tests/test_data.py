@@ -183,7 +183,8 @@ def test_the_full_set_loads_in_20_s_and_2_gb(tmp_path):
     comments = pd.concat([silver, silver, silver])[:39_565].reset_index(drop=True)
     comments["comment_id"] = range(len(comments))
     comments["text"] += comments.index.astype(str)
-    full = comments.loc[comments.index.repeat(4)][:135_556].assign(annotator_id=1)
+    full = comments.loc[comments.index.repeat(4)][:135_556].assign(hatespeech=2.0)
+    full = full.assign(**{f"target_{name}": True for name in ("race", "religion", "origin", "gender", "age")})
     full.to_parquet(path)
     code = (
         "import resource; from hatespeech import data; from tests.conftest import *\n"

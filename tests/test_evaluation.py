@@ -137,7 +137,7 @@ def test_annotators_votes_are_the_ceiling_where_rows_have_them():
     frame = data.comments(data.read(str(UPSTREAM))).frame
     ceiling = evaluation.vote(frame)
     assert ceiling["n"] == len(frame)
-    assert 0.8 < ceiling["roc_auc_hate"] <= 1
+    assert 0.6 < ceiling["roc_auc_hate"] < 1
     assert evaluation.vote(data.comments(data.read(str(GOLD))).frame) is None
 
 
