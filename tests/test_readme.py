@@ -30,6 +30,7 @@ RUN_ELSEWHERE = {
     "MODEL_DIR=results/mine ./bootstrap.sh": "test_bootstrap.py, with MODEL_DIR of its own",
     "conda env create -f environment.yml": "test_environment_yml_is_the_train_extra (no conda here)",
     "conda activate hatespeech": "as above",
+    "python -m hatespeech.evaluation results/smollm2-135m results/mine": "test_train.py::test_evaluate_only_...",
     **{
         command: "test_checkpoint.py::test_two_processes_train_what_one_does, on one host"
         for command in COMMANDS
@@ -104,7 +105,7 @@ def test_train_commands_parse():
         if words[:3] == ["python", "-m", "train"] and "--help" not in words:
             assert isinstance(train.parse(words[3:]), train.Settings)
             parsed += 1
-    assert parsed == 3
+    assert parsed == 4
     done = subprocess.run(
         [sys.executable, "-m", "train", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
     )
