@@ -253,7 +253,7 @@ def record(folder: Path, splits: dict, name: str, engine: str, probabilities: np
 
 
 def set_beside(folder: Path, splits: dict, metrics: dict, engine: str, found: dict, class_scores: list[float]) -> None:
-    """Add to the metrics what ours are to be seen beside: baselines on the same comments, the differences to the best of
+    """Add what ours are to be seen beside: baselines on the same comments, the differences to the best of
     them (by macro F1), error rates by group, the annotators' own vote, the reference's leaky protocol.
 
     found: our probabilities by classifier. All go to predictions.csv, which also keeps the zero-shot ones of before
