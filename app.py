@@ -3,7 +3,7 @@
     ./bootstrap.sh                                  # set up and serve; or, where all is set up:
     gunicorn --config python:hatespeech.gunicorn_conf --bind 127.0.0.1:5000 'app:create_app()'
     curl localhost:5000/infer -d 'some text'
-    flask --app app --help                          # keys, feedback export, replay, purge
+    flask --app app --help                          # keys, feedback export, classify, replay, purge
 
 A request to /infer goes: authorise() -> infer() -> Service.classify() in hatespeech/service.py -> here again.
 """
@@ -61,7 +61,7 @@ def create_app(config: dict | None = None) -> Flask:
     access_log.setLevel(logging.INFO)
     if not access_log.handlers:
         access_log.addHandler(logging.StreamHandler())
-    commands.register(app, store)
+    commands.register(app, store, service)
     require_keys_off_loopback(app, store)
 
     @app.before_request

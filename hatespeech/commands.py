@@ -1,4 +1,4 @@
-"""`flask --app app ...`: API keys, feedback for training, replay through another model, purge."""
+"""`flask --app app ...`: API keys, feedback for training, a file's rows classified, replay, purge."""
 
 import csv
 import json
@@ -13,15 +13,16 @@ from flask import Flask
 from flask.cli import AppGroup
 from tqdm import tqdm
 
-from hatespeech import UserError, export, task
+from hatespeech import UserError, export, table, task
 from hatespeech.calibration import Calibration
 from hatespeech.ollama import Ollama, OllamaError, model_name
+from hatespeech.service import Service
 from hatespeech.store import Store
 
 SCOPES = ("infer", "read")
 
 
-def register(app: Flask, store: Store) -> None:
+def register(app: Flask, store: Store, service: Service) -> None:
     keys = AppGroup("keys", help="Who may use the service from elsewhere.")
     feedback = AppGroup("feedback", help="What people said of answers.")
 
@@ -62,13 +63,32 @@ def register(app: Flask, store: Store) -> None:
         scores = export.read_settings(Path(app.config["MODEL_DIR"]))["class_scores"]
         means = dict(zip(task.LABELS, scores, strict=True))
         columns = ["comment_id", "text", "hate_speech_score", "label", "note"]
-        table = csv.DictWriter(sys.stdout, columns)
+        writer = csv.DictWriter(sys.stdout, columns)
         if kind == "csv":
-            table.writeheader()
+            writer.writeheader()
         for asked, said in store.newest_feedback():
             score = means[said.label] if said.score is None else said.score
             row = dict(zip(columns, (asked.id, asked.text, score, task.label_of(score), said.note), strict=True))
-            table.writerow(row) if kind == "csv" else click.echo(json.dumps(row, ensure_ascii=False))
+            writer.writerow(row) if kind == "csv" else click.echo(json.dumps(row, ensure_ascii=False))
+
+    @app.cli.command("classify")
+    @click.argument("source", type=click.Path(path_type=Path))
+    @click.argument("target", type=click.Path(path_type=Path))
+    @click.option("--text-column", default="text", show_default=True)
+    def classify(source: Path, target: Path, text_column: str) -> None:
+        """Classify the rows of SOURCE, a .csv or .parquet file, and write them to TARGET with columns added.
+
+        Every text goes through the service and its log. Killed or stopped, the same command goes on where it was.
+        """
+        try:
+            with tqdm(total=table.count(source, text_column), desc="classifying", unit="row") as bar:
+                places = int(app.config["MAX_IN_FLIGHT"])
+                wrong = table.classify(service, source, target, text_column, places=places, advance=bar.update)
+        except (OllamaError, UserError) as error:
+            raise click.ClickException(str(error)) from error
+        for reason in wrong:
+            click.echo(reason, err=True)
+        click.echo(f"{target}: {bar.n} rows, {len(wrong)} of them without a label")
 
     @app.cli.command("replay")
     @click.option("--model-dir", type=click.Path(exists=True, file_okay=False, path_type=Path), required=True)

@@ -89,13 +89,16 @@ def test_curl_commands_answer_as_shown(served, tmp_path):
 def test_flask_commands_run(served, tmp_path, run, ollama_host):
     environment = os.environ | {"DATABASE_URL": f"sqlite:///{tmp_path}/.data/requests.sqlite3"}
     environment |= {"MODEL_DIR": str(run), "OLLAMA_HOST": ollama_host}
+    (tmp_path / "comments.csv").write_text("text\nsuch a comment\n")
     ran = 0
     for command in COMMANDS:
         if command.startswith(".venv/bin/flask"):
             command = command.replace(".venv/bin/flask", f"{sys.executable} -m flask").replace("> ", f"> {tmp_path}/")
+            command = re.sub(r"(\w+)\.csv (\w+)\.csv", rf"{tmp_path}/\1.csv {tmp_path}/\2.csv", command)
             subprocess.run(["bash", "-c", command], cwd=ROOT, env=environment, check=True, capture_output=True)
             ran += 1
-    assert ran == 4
+    assert ran == 5
+    assert "such a comment," in (tmp_path / "classified.csv").read_text()
 
 
 def test_train_commands_parse():
