@@ -110,7 +110,7 @@ class Settings:
 
     def flat(self) -> dict:
         nested = asdict(self)
-        return nested | nested.pop("rows") | nested.pop("learning")
+        return {**nested.pop("rows"), **nested.pop("learning"), **nested}
 
 
 def main(settings: Settings) -> None:

@@ -177,7 +177,6 @@ def test_a_base_directory_goes_through_ollamas_converter(some_silver, base_gguf,
     assert (tmp_path / "run" / "Modelfile").read_text() == export.MODELFILE
     stored = json.loads((tmp_path / "run" / "calibration.json").read_text())
     assert stored["model_sha256"] == export.sha256_of(tmp_path / "run" / "model.gguf")
-    # bf16 merged weights keep 8 bits of mantissa where F16 keeps 11
     assert np.abs(by_ollama(create(tmp_path / "run"), texts[:40]) - expected).mean() < TOLERANCE
 
 
