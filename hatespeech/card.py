@@ -14,7 +14,9 @@ def model_card(folder: Path, run: dict, metrics: dict, engine: str) -> str:
     versus, leaky = metrics["test_differences"][engine], metrics["tfidf_by_row_leaky"]
     groups = metrics["test_groups"][engine]
     gaps = evaluation.gaps(groups)
-    notes = (folder / "NOTES.md").read_text() if (folder / "NOTES.md").exists() else ""  # written by a person
+    notes = (
+        (folder / "NOTES.md").read_text() if (folder / "NOTES.md").exists() else ""
+    )  # tests/benchmarks/moderation.py's
     return f"""# {name}
 
 A LoRA of `{run["base"]["name"]}` that tells {" / ".join(task.LABELS)} apart by one token, made by
