@@ -27,7 +27,7 @@ def notes(run: Path) -> str:
     right = frame["answer"] == frame["label"]
     kinds = (f"{kind} {right[rows].sum()} of {len(rows)}" for kind, rows in frame.groupby("kind").groups.items())
     lines = [
-        f"**On {len(frame)} texts of our own**, of kinds a moderator meets, it agrees with their writer on {right.sum()}",
+        f"**On {len(frame)} texts of our own**, of kinds a moderator meets, it agrees with the writer on {right.sum()}",
         f"({', '.join(kinds)}). Where not (hateful words ahead):",
         "",
         "| kind | text | its writer | the model |",
