@@ -24,7 +24,7 @@ from flask import Flask, Response, g, request, stream_with_context
 from sqlalchemy.exc import SQLAlchemyError
 from werkzeug.exceptions import BadRequest, Forbidden, HTTPException, NotFound, Unauthorized, UnsupportedMediaType
 
-from hatespeech import UserError, commands, export, openapi, perspective, task
+from hatespeech import UserError, commands, export, openapi, pages, perspective, task
 from hatespeech.metrics import Metrics
 from hatespeech.ollama import Ollama, OllamaError, model_name
 from hatespeech.service import Answer, Busy, Gate, Service, status_of
@@ -77,8 +77,10 @@ def create_app(config: dict | None = None) -> Flask:
             "X-Content-Type-Options": "nosniff",
             "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
             "Cache-Control": "no-store",
-            "Referrer-Policy": "no-referrer",
+            "Referrer-Policy": "same-origin" if request.blueprint else "no-referrer",
         }
+        if request.blueprint:
+            response.headers["Content-Security-Policy"] = pages.CONTENT_SECURITY_POLICY
         duration_s = time.perf_counter() - g.started
         metrics.request(request.url_rule.rule if request.url_rule else "none", response.status_code, duration_s)
         line = {"request_id": g.request_id, "method": request.method, "path": request.path, "api_key": g.api_key}
@@ -88,7 +90,11 @@ def create_app(config: dict | None = None) -> Flask:
 
     def authorise(scope: str) -> None:
         """Demand a key with this scope of everyone not on this machine; here, another service's key does no harm."""
-        offered = request.headers.get("Authorization", "").removeprefix("Bearer ") or request.args.get("key", "")
+        sent = request.authorization  # a browser asks for a name and a password; the key is the password
+        basic = sent.password if sent and sent.type == "basic" else None
+        offered = (
+            basic or request.headers.get("Authorization", "").removeprefix("Bearer ") or request.args.get("key", "")
+        )
         entry = store.key_named(offered) if offered else None
         if entry is None:
             if is_loopback(request.remote_addr or "") and not app.config["REQUIRE_API_KEY"]:
@@ -309,10 +315,13 @@ def create_app(config: dict | None = None) -> Flask:
             headers["WWW-Authenticate"] = "Bearer"
         if isinstance(error, HTTPException) and error.code == 405:
             headers["Allow"] = ", ".join(sorted(error.valid_methods or []))
+        if request.blueprint:
+            return pages.error(status, detail, headers)
         if request.path == "/v1alpha1/comments:analyze":
             return as_json(perspective.error(detail, status, HTTPStatus(status).name), headers, status)
         return as_json(problem_of(status, detail), headers, status, "application/problem+json")
 
+    pages.register(app, service, store, authorise, classified)
     return app
 
 

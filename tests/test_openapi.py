@@ -7,7 +7,8 @@ from hatespeech import openapi
 
 def test_every_route_is_described(client):
     described = client.get("/openapi.json").get_json()["paths"]
-    routes = {rule.rule for rule in client.application.url_map.iter_rules()}
+    rules = client.application.url_map.iter_rules()
+    routes = {rule.rule for rule in rules if not rule.endpoint.startswith("pages.")}
     assert set(described) == routes - {"/$discovery/rest", "/openapi.json"}
 
 

@@ -1,0 +1,127 @@
+"""The page, through the real service. HTML is read by the standard library's parser."""
+
+from html.parser import HTMLParser
+
+import pandas as pd
+import pytest
+
+from hatespeech import pages
+from hatespeech.store import Store
+from tests.test_data import GOLD
+
+HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)> {{ 7 * 7 }} &amp; </textarea>"
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, in order, and the text of each kind of tag."""
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.tags, self.texts, self._open = [], {}, []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        self._open.append(tag)
+
+    def handle_data(self, data):
+        if self._open:
+            self.texts[self._open[-1]] = self.texts.get(self._open[-1], "") + data
+
+    def handle_endtag(self, tag):
+        while self._open and self._open.pop() != tag:
+            pass
+
+    def all(self, tag: str) -> list[dict]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def test_a_text_is_classified_and_shown_with_how_sure_it_is(client):
+    assert "log, with its text." in client.get("/").text
+    empty = Page(client.get("/").text)
+    assert [form["action"] for form in empty.all("form")] == ["/"]
+    shown = Page(client.post("/", data={"text": "I hope you all have a lovely day"}).text)
+    api = client.post("/infer", json={"text": "I hope you all have a lovely day"}).get_json()
+    assert shown.texts["h2"] == api["label"] == "Supportive"
+    assert shown.texts["textarea"] == "I hope you all have a lovely day"
+    bars = [float(bar["width"].rstrip("%")) for bar in shown.all("rect")[:3]]
+    assert bars == pytest.approx([100 * p for p in api["probabilities"].values()], abs=0.1)
+    assert float(shown.all("circle")[0]["cx"].rstrip("%")) == pages.position(api["score"])
+    assert "Needs a person" not in client.post("/", data={"text": "I hope you all have a lovely day"}).text
+    assert "yes" in shown.texts["dd"]  # calibrated
+    assert len(list(Store(f"sqlite:///{client.database}").answered())) == 3
+
+
+def test_an_unsure_answer_needs_a_person(client):
+    texts = pd.read_csv(GOLD)["text"][:40]
+    text = next(text for text in texts if client.post("/infer", json={"text": text}).get_json()["abstain"])
+    assert "Needs a person:" in client.post("/", data={"text": text}).text
+
+
+def test_an_answer_is_corrected_in_one_click(client):
+    shown = Page(client.post("/", data={"text": "some text"}).text)
+    request_id = next(field["value"] for field in shown.all("input") if field["name"] == "id")
+    said = client.post("/correct", data={"id": request_id, "label": "Neutral"})
+    assert said.status_code == 303
+    assert "kept as Neutral" in client.get(said.location).text
+    ((asked, newest),) = Store(f"sqlite:///{client.database}").newest_feedback()
+    assert (asked.id, newest.label) == (request_id, "Neutral")
+    assert client.post("/correct", data={"id": request_id, "label": "Nice"}).status_code == 400
+    assert client.post("/correct", data={"id": "none", "label": "Hate"}).status_code == 404
+
+
+def test_user_text_is_never_markup(client):
+    html = client.post("/", data={"text": HOSTILE}).text
+    shown = Page(html)
+    assert shown.texts["textarea"] == HOSTILE
+    assert not shown.all("script") + shown.all("img")
+    assert "{{ 7 * 7 }}" in html
+    assert HOSTILE not in client.get("/", query_string={"kept": HOSTILE}).text
+
+
+def test_a_strict_policy_and_nothing_inline(client):
+    for response in (
+        client.get("/"),
+        client.post("/", data={"text": "some text"}),
+        client.post("/", data={"text": ""}),
+    ):
+        assert response.headers["Content-Security-Policy"] == pages.CONTENT_SECURITY_POLICY
+        assert not [
+            tag for tag, attributes in Page(response.text).tags if tag in ("script", "style") or "style" in attributes
+        ]
+    sheet = client.get("/static/style.css")
+    assert (sheet.status_code, sheet.mimetype) == (200, "text/css")
+    assert "url(" not in sheet.text  # nothing from elsewhere
+
+
+def test_errors_are_pages(client):
+    empty = client.post("/", data={"text": " "})
+    assert (empty.status_code, empty.mimetype) == (400, "text/html")
+    assert "there is no text" in Page(empty.text).texts["p"]
+    assert client.get("/nowhere").mimetype == "application/problem+json"
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Sec-Fetch-Site": "cross-site"}, 403),
+        ({"Sec-Fetch-Site": "same-site"}, 403),
+        ({"Origin": "https://elsewhere.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Sec-Fetch-Site": "same-origin", "Origin": "http://localhost"}, 200),
+        ({"Origin": "http://localhost"}, 200),
+    ],
+)
+def test_forms_of_other_sites_are_refused(client, headers, status):
+    assert client.post("/", data={"text": "some text"}, headers=headers).status_code == status
+
+
+def test_off_loopback_the_browser_asks_for_the_key(make_client, ollama_host, server):
+    client = make_client(ollama_host)
+    key = Store(f"sqlite:///{client.database}").create_key("person", ["infer"])
+    elsewhere = {"REMOTE_ADDR": "192.0.2.7"}
+    asked = client.get("/", environ_overrides=elsewhere)
+    assert asked.status_code == 401
+    assert asked.headers["WWW-Authenticate"].startswith("Basic ")
+    assert client.get("/", environ_overrides=elsewhere, auth=("anyone", "wrong")).status_code == 401
+    assert client.get("/", environ_overrides=elsewhere, auth=("anyone", key)).status_code == 200
