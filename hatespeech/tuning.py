@@ -254,7 +254,9 @@ def fit(
     if cuda:
         checkpointing = _fit_memory(classifier, prompts, weights)
         torch.cuda.reset_peak_memory_stats()
-        if not checkpointing and torch.cuda.device_count() == 1:
+        if torch.cuda.device_count() > 1:
+            print("this process sees several GPUs: no CUDA graphs, which is slower (set CUDA_VISIBLE_DEVICES=0)")
+        elif not checkpointing:
             compute, rows_a_piece = gpu.Graphs(one_pass), -(-batch_size // world_size)
 
     def backward(rows: np.ndarray) -> torch.Tensor:
@@ -346,14 +348,16 @@ def label_probabilities(classifier: Classifier, prompts: Sequence[list[int]]) ->
 
 @contextmanager
 def processes() -> Iterator[int]:
-    """Join the other processes, where torchrun started this one; yields the rank. Only process 0 prints."""
-    rank, world_size = _rank()
+    """Join the other processes, where torchrun started this one; yields the rank. Only process 0 prints. Call it first.
+
+    Each process sees one GPU: where unsloth sees several, it waits for them in every layer.
+    """
+    (rank, world_size), visible = _rank(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    local_rank = os.environ.get("LOCAL_RANK", "0")
+    os.environ["CUDA_VISIBLE_DEVICES"] = local_rank if visible is None else visible.split(",")[int(local_rank)]
     if world_size == 1:
         yield rank
         return
-    # Each sees one GPU: where unsloth sees several, it waits for them in every layer.
-    local_rank, visible = os.environ["LOCAL_RANK"], os.environ.get("CUDA_VISIBLE_DEVICES")
-    os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[int(local_rank)] if visible else local_rank
     import torch
     from torch import distributed
 
