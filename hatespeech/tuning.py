@@ -354,7 +354,8 @@ def processes() -> Iterator[int]:
     """
     (rank, world_size), visible = _rank(), os.environ.get("CUDA_VISIBLE_DEVICES")
     local_rank = os.environ.get("LOCAL_RANK", "0")
-    os.environ["CUDA_VISIBLE_DEVICES"] = local_rank if visible is None else visible.split(",")[int(local_rank)]
+    if visible != "":
+        os.environ["CUDA_VISIBLE_DEVICES"] = local_rank if visible is None else visible.split(",")[int(local_rank)]
     if world_size == 1:
         yield rank
         return
