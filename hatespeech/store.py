@@ -15,7 +15,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import psutil
-from sqlalchemy import ForeignKey, create_engine, delete, event, func, insert, inspect, select, text, update
+from sqlalchemy import ForeignKey, bindparam, create_engine, delete, event, func, insert, inspect, select, text, update
 from sqlalchemy.engine import Engine, make_url
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
@@ -62,6 +62,11 @@ class Request(Base):
     model_digest: Mapped[str | None]
     prompt_version: Mapped[str]
     calibration: Mapped[str | None]
+
+
+# On the path of every request: built once, so that SQLAlchemy finds them compiled.
+_RECEIVE = insert(Request.__table__)
+_FINISH = update(Request.__table__).where(Request.__table__.c.id == bindparam("request_id"))
 
 
 class Feedback(Base):
@@ -136,7 +141,7 @@ class Store:
             "prompt_version": task.PROMPT_VERSION,
         }
         with self.engine.begin() as connection:
-            connection.execute(insert(Request), row)
+            connection.execute(_RECEIVE, row)
         return request_id
 
     def _hash(self, body: bytes | None) -> str | None:
@@ -169,7 +174,7 @@ class Store:
         outcome = {"status": status, "http_status": int(http_status), "duration_ms": duration_ms, "error": error}
         outcome |= {"finished_at": _now(), "model_digest": model_digest, "calibration": calibration}
         with self.engine.begin() as connection:
-            connection.execute(update(Request).where(Request.id == request_id).values(**outcome, **decided))
+            connection.execute(_FINISH, {"request_id": request_id, **outcome, **decided})
 
     def latest(self, limit: int = 20) -> list[Request]:
         """The newest requests, newest first."""
