@@ -131,6 +131,19 @@ def test_every_figure_of_ours_was_measured():
     assert f"(accuracy {accuracy['low']:.3f} to {accuracy['high']:.3f})" in README.replace("\n  ", " ")
 
 
+def test_every_figure_of_the_comparison_and_calibration_was_measured():
+    metrics, words = json.loads((RUN / "metrics.json").read_text()), " ".join(README.split())
+    differences = metrics["test_differences"]["as_served"]
+    assert differences["baseline"] == "tfidf_logistic_regression"
+    found = differences["metrics"]["accuracy"]
+    interval = f"({found['low']:+.3f} to {found['high']:+.3f}, p = {found['p']:.3f})"
+    assert f"paired, {found['difference']:+.3f} accuracy {interval}" in words
+    error = metrics["test"]["as_served"]["expected_calibration_error"]
+    assert f"{error['value']:.3f} ({error['low']:.3f} to {error['high']:.3f})" in words
+    before = metrics["test"]["as_served_uncalibrated"]["expected_calibration_error"]["value"]
+    assert f"uncalibrated it was {before:.3f}" in words
+
+
 def test_every_speed_was_measured():
     stored = json.loads((ROOT / "results" / "benchmarks" / "serving.json").read_text())
     one = {row["path"]: row["requests_per_s"] for row in stored["rows"] if row["clients"] == 1}
