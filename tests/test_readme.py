@@ -142,6 +142,10 @@ def test_every_figure_of_the_comparison_and_calibration_was_measured():
     assert f"{error['value']:.3f} ({error['low']:.3f} to {error['high']:.3f})" in words
     before = metrics["test"]["as_served_uncalibrated"]["expected_calibration_error"]["value"]
     assert f"uncalibrated it was {before:.3f}" in words
+    notes = (RUN / "NOTES.md").read_text()
+    n_texts, n_right = re.search(r"On (\d+) texts of our own\*\*, of kinds .* writer on (\d+)", notes).groups()
+    assert f"On {n_texts} texts of kinds a moderator meets it agrees with their writer on {n_right}," in words
+    assert "spelling 0 of" in notes
 
 
 def test_every_speed_was_measured():
