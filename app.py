@@ -43,6 +43,8 @@ DEFAULTS = {
     "LOG_TEXT": "full",
     "LOG_HASH_KEY": "",
 }
+# The content security policy of what is no page.
+NOTHING_LOADS = "default-src 'none'; frame-ancestors 'none'"
 
 
 def create_app(config: dict | None = None) -> Flask:
@@ -75,12 +77,10 @@ def create_app(config: dict | None = None) -> Flask:
         response.headers |= {
             "X-Request-Id": g.request_id,
             "X-Content-Type-Options": "nosniff",
-            "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+            "Content-Security-Policy": pages.CONTENT_SECURITY_POLICY if request.blueprint else NOTHING_LOADS,
             "Cache-Control": "no-store",
             "Referrer-Policy": "same-origin" if request.blueprint else "no-referrer",
         }
-        if request.blueprint:
-            response.headers["Content-Security-Policy"] = pages.CONTENT_SECURITY_POLICY
         duration_s = time.perf_counter() - g.started
         metrics.request(request.url_rule.rule if request.url_rule else "none", response.status_code, duration_s)
         line = {"request_id": g.request_id, "method": request.method, "path": request.path, "api_key": g.api_key}

@@ -230,10 +230,11 @@ def record(folder: Path, splits: dict, name: str, engine: str, probabilities: np
     """Add an engine's evaluation to the run's folder: calibration, metrics, predictions, report, pictures, card."""
     run = export.read_settings(folder)
     part, scores, path = splits[name], splits[name]["score"].to_numpy(), folder / "metrics.json"
-    if name == run["settings"]["calibrate_on"] and (engine == "as_served" or folder.suffix == ".incomplete"):
-        fitted = calibration.fit(probabilities, scores, split=name, engine=engine, sha256=run["data"]["sha256"][name])
-        replace(fitted, model_sha256=origin.get("model_sha256")).save(folder / "calibration.json")
     if name == run["settings"]["calibrate_on"]:
+        if engine == "as_served" or folder.suffix == ".incomplete":  # torch's must not replace that of what is served
+            about = {"split": name, "engine": engine, "sha256": run["data"]["sha256"][name]}
+            fitted = calibration.fit(probabilities, scores, **about)
+            replace(fitted, model_sha256=origin.get("model_sha256")).save(folder / "calibration.json")
         calibrated = calibration.cross_fit(probabilities, scores)
     else:
         calibrated = calibration.Calibration.load(folder / "calibration.json").apply(probabilities)
@@ -266,13 +267,15 @@ def set_beside(folder: Path, splits: dict, metrics: dict, engine: str, found: di
     for name, predicted in evaluation.load_predictions(folder).items():
         if name in ("majority_class", "tfidf_logistic_regression", "zero_shot"):
             baselines[name] = evaluation.probabilities_of(predicted)
-            metrics["test"][name] = evaluation.measure(test, baselines[name], class_scores)
+            if name not in metrics["test"]:
+                metrics["test"][name] = evaluation.measure(test, baselines[name], class_scores)
     best = max(baselines, key=lambda name: metrics["test"][name]["macro_f1"]["value"])
     compared = evaluation.compare(test, found[engine], baselines[best], class_scores)
     metrics.setdefault("test_differences", {})[engine] = {"baseline": best, "metrics": compared}
     metrics.setdefault("test_groups", {})[engine] = evaluation.groups(test, found[engine])
     metrics["annotators_vote"] = evaluation.vote(test)
-    metrics["tfidf_by_row_leaky"] = evaluation.by_row(pd.concat([splits["train"], test]), class_scores)
+    if "tfidf_by_row_leaky" not in metrics:
+        metrics["tfidf_by_row_leaky"] = evaluation.by_row(pd.concat([splits["train"], test]), class_scores)
 
 
 def finish_gguf(folder: Path, classifier, quantize: str, texts: list[str], expected: np.ndarray) -> None:
@@ -323,9 +326,8 @@ def evaluate(folder: Path, settings: Settings) -> None:
     if other:
         test, seen = data.without(data.comments(data.read(other)).frame, splits["train"])
         print(f"{other}: {len(test)} comments; {seen} left out, being like one of training")
-    predict = predict_as_served if settings.engine == "ollama" else predict_by_torch
+    engine, predict = ("as_served", predict_as_served) if settings.engine == "ollama" else ("torch", predict_by_torch)
     probabilities, origin = predict(folder, run, test["text"].tolist())
-    engine = {"ollama": "as_served"}.get(settings.engine, settings.engine)
     if not other:
         if engine == "torch" and "zero_shot" not in evaluation.load_predictions(folder, missing_ok=True):
             tokenizer = tuning.load_tokenizer(trained.model)

@@ -73,9 +73,9 @@ class Graphs:
         shape = tuple((name, array.shape) for name, array in arrays.items())
         if shape not in self._seen:
             self._seen.add(shape)
-            return self._compute({name: packing.to_device(array, "cuda") for name, array in arrays.items()})
+            return self._compute(packing.all_to_device(arrays, "cuda"))
         if shape not in self._captured:
-            inputs = {name: packing.to_device(array, "cuda") for name, array in arrays.items()}
+            inputs = packing.all_to_device(arrays, "cuda")
             torch.cuda.empty_cache()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self._pool):

@@ -7,7 +7,7 @@ gradients are those of one prompt at a time, the instruction's keys and values i
 
 import heapq
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -90,8 +90,7 @@ def pieces(prompts: Sequence[list[int]], tokens: int, *, bin_tokens: int, unit: 
     order = np.argsort([-len(prompt) for prompt in prompts], kind="stable")
     while len(order):
         step = max(1, tokens // len(prompts[order[0]]))
-        padded = pad([prompts[row] for row in order[:step]])
-        yield Bins(padded.ids, padded.positions, padded.segments, order[:step], padded.bins, padded.ends, masked=False)
+        yield replace(pad([prompts[row] for row in order[:step]]), rows=order[:step])
         order = order[step:]
 
 
@@ -137,3 +136,7 @@ def to_device(array: np.ndarray, device):
 
     tensor = torch.from_numpy(np.require(array, requirements="CW"))
     return tensor.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else tensor
+
+
+def all_to_device(arrays: dict[str, np.ndarray], device) -> dict:
+    return {name: to_device(array, device) for name, array in arrays.items()}

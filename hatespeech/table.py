@@ -6,7 +6,6 @@ is put together from input and journal, whole or not at all, and the journal goe
 
 import csv
 import fcntl
-import hashlib
 import json
 import os
 from collections import deque
@@ -14,7 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from hatespeech import UserError, task
+from hatespeech import UserError, export, task
 from hatespeech.service import Service, status_of
 
 ADDED = (
@@ -44,7 +43,7 @@ def classify(
     read = _reader(source, column)
     journal = target.with_name(target.name + ".progress")
     key = {
-        "input_sha256": _sha256(source),
+        "input_sha256": export.sha256_of(source),
         "column": column,
         "model": service.ollama.digest(),
         "prompt": task.PROMPT_VERSION,
@@ -61,7 +60,7 @@ def classify(
         def take() -> None:
             number, line, future = pending.popleft()
             try:
-                answers[number] = future.result()
+                answers[number] = {"line": line, **future.result()}
             except Exception as error:
                 for _, _, later in pending:
                     later.cancel()
@@ -69,7 +68,7 @@ def classify(
                 raise UserError(
                     f"line {line}: {reason}. {len(answers)} rows are kept: the same command goes on"
                 ) from error
-            _append(file, {"row": number, "line": line, **answers[number]})
+            _append(file, {"row": number, **answers[number]})
             advance(1)
 
         for number, (line, text, wrong) in enumerate(read()):
@@ -81,8 +80,7 @@ def classify(
             take()
         _write(source, target, answers)
         journal.unlink()
-    lines = (line for line, _, _ in read())
-    return [f"line {line}: {answers[k]['error']}" for k, line in enumerate(lines) if answers[k]["error"]]
+    return [f"line {answer['line']}: {answer['error']}" for _, answer in sorted(answers.items()) if answer["error"]]
 
 
 def count(source: Path, column: str) -> int:
@@ -211,11 +209,6 @@ def _append(file, entry: dict) -> None:
     file.write(json.dumps(entry).encode() + b"\n")
     file.flush()
     os.fsync(file.fileno())
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _parquet():

@@ -165,8 +165,7 @@ def encode(tokenizer, texts: Sequence[str]) -> list[list[int]]:
 def label_logprobs(classifier: Classifier, bins: packing.Bins):
     """(n, 3) tensor, in the order of bins.rows: natural log-probabilities of the labels among the whole vocabulary."""
     device = next(classifier.model.parameters()).device
-    arrays = _inputs(classifier, bins)
-    return _label_logprobs(classifier, **{name: packing.to_device(array, device) for name, array in arrays.items()})
+    return _label_logprobs(classifier, **packing.all_to_device(_inputs(classifier, bins), device))
 
 
 def _inputs(classifier: Classifier, bins: packing.Bins) -> dict[str, np.ndarray]:
@@ -248,7 +247,7 @@ def fit(
         return loss.detach()
 
     def eager(arrays: dict) -> torch.Tensor:
-        return one_pass({name: packing.to_device(array, weights[0].device) for name, array in arrays.items()})
+        return one_pass(packing.all_to_device(arrays, weights[0].device))
 
     compute, rows_a_piece = eager, 0
     if cuda:
@@ -341,9 +340,7 @@ def predict(classifier: Classifier, prompts: Sequence[list[int]]) -> np.ndarray:
 
 def label_probabilities(classifier: Classifier, prompts: Sequence[list[int]]) -> np.ndarray:
     """(n, 3) probabilities among the labels alone, as serving renormalises them."""
-    logprobs = predict(classifier, prompts)
-    weights = np.exp(logprobs - logprobs.max(axis=1, keepdims=True))
-    return weights / weights.sum(axis=1, keepdims=True)
+    return np.apply_along_axis(task.softmax, 1, predict(classifier, prompts))
 
 
 @contextmanager

@@ -56,7 +56,7 @@ def test_a_constant_prediction_has_no_correlation(example):
 def test_ranking_and_calibration_metrics_are_scikit_learns(example):
     frame, probabilities = example
     truth, hate = evaluation.numbers(frame["label"]), (frame["label"] == "Hate").to_numpy()
-    metrics = {name: found for name, found in evaluation.measure(frame, probabilities, [1.5, 0.0, -2.0]).items()}
+    metrics = evaluation.measure(frame, probabilities, [1.5, 0.0, -2.0])
     expected = {
         "roc_auc_hate": roc_auc_score(hate, probabilities[:, 0]),
         "average_precision_hate": average_precision_score(hate, probabilities[:, 0]),
