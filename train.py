@@ -31,8 +31,8 @@ except ModuleNotFoundError as error:
 
 from hatespeech import UserError, calibration, card, data, evaluation, export, ollama, pictures, task, tuning
 
-# Mean difference of label probabilities, trained against served: 4-bit training differs from 16-bit serving by some
-# hundredths, a wrong tokenizer or rotary order by tenths.
+# Mean difference of label probabilities, trained against served: rounding to 16 bit costs some thousandths, bf16 on GPUs
+# some hundredths, a wrong tokenizer or rotary order tenths.
 SERVED_TOLERANCE = 0.1
 
 
@@ -56,7 +56,7 @@ class Rows:
 class Learning:
     """How to learn"""
 
-    targets: Literal["hard", "soft"] = "hard"
+    targets: Literal["hard", "soft"] = "soft"
     """hard: the score's class. soft: class probabilities, from the score and its error."""
     score_error: float = 0.5
     """The score's standard error, on its own scale, for soft targets."""

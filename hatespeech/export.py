@@ -86,7 +86,6 @@ def write_weights(classifier, base: str, folder: Path) -> None:
     """The trained LoRA as `adapter/` (PEFT), `adapter.gguf`, merged weights and the Modelfile that serves them.
 
     A .gguf base gives `model.gguf` (F16). Others give `merged/`, 16-bit safetensors, for Ollama's converter.
-    The classifier is spent: merging changes its weights.
     """
     model = classifier.model
     model.save_pretrained(folder / "adapter")
@@ -96,18 +95,63 @@ def write_weights(classifier, base: str, folder: Path) -> None:
     if base.endswith(".gguf"):
         merge(Path(base), folder / "adapter.gguf", folder / "model.gguf")
         return
-    if hasattr(model, "save_pretrained_merged"):  # unsloth
-        model.save_pretrained_merged(str(folder / "merged"), classifier.tokenizer, save_method="merged_16bit")
-    else:
-        import torch
+    write_merged(model, classifier.tokenizer, folder / "merged")
 
-        # float16: bfloat16's 8 bits round a small update away, by 0.02 in the probabilities of SmolLM2-135M.
-        model.merge_and_unload().to(torch.float16).save_pretrained(folder / "merged")
-        classifier.tokenizer.save_pretrained(folder / "merged")
+
+# Weights of at most about so many bytes are in memory at once, and go to one file.
+_SHARD_BYTES = 2 << 30
+
+
+def write_merged(model, tokenizer, folder: Path) -> None:
+    """A PeftModel as float16 safetensors of plain linear layers: the weights it was trained on, plus its update.
+
+    A 4-bit base is dequantised, not fetched anew in 16 bit: the update was learned on what 4 bit left of it. float16:
+    bfloat16's 8 bits round a small update away, by 0.02 in the probabilities of SmolLM2-135M.
+    """
+    from safetensors.torch import save_file
+
+    folder.mkdir()
+    shard, weight_map = {}, {}
+
+    def flush() -> None:
+        name = f"model-{len(set(weight_map.values())):05}.safetensors"
+        save_file(shard, folder / name, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(shard, name))
+        shard.clear()
+
+    for name, tensor in _merged_tensors(model.get_base_model()):
+        shard[name] = tensor
+        if sum(tensor.nbytes for tensor in shard.values()) > _SHARD_BYTES:
+            flush()
+    flush()
+    write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
+    config = {key: value for key, value in model.config.to_dict().items() if key != "quantization_config"}
     # transformers 5 moved rope_theta; Ollama's converter (0.24) looks where it was, and takes 10000 if it isn't there.
-    path = folder / "merged" / "config.json"
-    config = json.loads(path.read_text())
-    write_json(path, (config.get("rope_parameters") or {}) | config)
+    write_json(folder / "config.json", (config.get("rope_parameters") or {}) | config | {"dtype": "float16"})
+    tokenizer.save_pretrained(folder)
+
+
+def _merged_tensors(causal) -> Iterator[tuple[str, object]]:
+    """(name, float16 tensor on the CPU) of each weight, once where two layers share it."""
+    import torch
+    from peft.utils.integrations import dequantize_module_weight
+
+    seen = set()
+    for path, module in causal.named_modules():
+        if ".lora_" in path or path.endswith(".base_layer"):
+            continue
+        plain = getattr(module, "base_layer", module)
+        for name, parameter in plain.named_parameters(recurse=False):
+            if parameter.data_ptr() in seen:
+                continue
+            seen.add(parameter.data_ptr())
+            weight = parameter.detach()
+            if name == "weight" and hasattr(parameter, "quant_state"):
+                weight = dequantize_module_weight(plain).detach()
+            if name == "weight" and plain is not module:
+                a, b = (getattr(module, f"lora_{which}")["default"].weight.detach().float() for which in "AB")
+                weight = weight.float() + module.scaling["default"] * (b @ a)
+            yield f"{path}.{name}", weight.to("cpu", torch.float16).contiguous()
 
 
 def name_pretokenizer(gguf_path: Path, tokenizer) -> None:

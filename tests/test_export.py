@@ -130,3 +130,31 @@ def test_a_broken_gguf_is_named(base_gguf, tmp_path):
     with pytest.raises(UserError, match="no readable GGUF"):
         export.merge(base_gguf, broken, tmp_path / "model.gguf")
     assert list(tmp_path.iterdir()) == [broken]
+
+
+@pytest.mark.parametrize("four_bit", [False, True])
+def test_merged_safetensors_compute_what_was_trained(four_bit, tokenizer, tmp_path, monkeypatch):
+    """Of a 4-bit base too, whose weights in 16 bit nobody has: the same logits, from several files."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "tie_word_embeddings": not four_bit}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape, **heads)).save_pretrained(tmp_path / "base")
+    quantized = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4") if four_bit else None
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=quantized, dtype=torch.float32)
+    lora = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    model = get_peft_model(base, lora)
+    monkeypatch.setattr(export, "_SHARD_BYTES", 100_000)
+    model.train()  # bitsandbytes repacks a CPU's 4-bit weights for inference, out of the dequantiser's sight
+    ids = torch.tensor([tokenizer("Some words to read.").input_ids])
+    with torch.no_grad():
+        expected = model(ids).logits
+        export.write_merged(model, tokenizer, tmp_path / "merged")
+        with model.disable_adapter():
+            untrained = model(ids).logits
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)(ids).logits
+    assert len(list((tmp_path / "merged").glob("*.safetensors"))) > 2
+    assert (merged - expected).abs().max() < 0.01 * (expected - untrained).abs().max()
