@@ -31,8 +31,8 @@ except ModuleNotFoundError as error:
 
 from hatespeech import UserError, calibration, card, data, evaluation, export, ollama, pictures, task, tuning
 
-# Mean difference of label probabilities, trained against served: rounding to 16 bit costs some thousandths, bf16 on GPUs
-# some hundredths, a wrong tokenizer or rotary order tenths.
+# Mean difference of label probabilities, trained against served: rounding to 16 bit costs some thousandths, bf16 on a
+# GPU hundredths, a wrong tokenizer or rotary order tenths.
 SERVED_TOLERANCE = 0.1
 
 
@@ -404,7 +404,7 @@ def parse(arguments: list[str] | None = None) -> Settings:
 if __name__ == "__main__":
     try:
         main(parse())
-    except UserError as error:
+    except (UserError, ollama.OllamaError) as error:
         sys.exit(f"train: {error}")
     except KeyboardInterrupt:
         sys.exit("train: stopped. The same command goes on from the last checkpoint, if training had begun")

@@ -3,9 +3,9 @@
     python -m tests.benchmarks.full_size            # a CUDA GPU, 15 minutes, 60 GB of disk; writes full_size.json
     python -m tests.benchmarks.full_size --quick    # a CPU, a tiny base, few rows; prints only
 
-The base has random weights and the rows are made (texts of silver.csv, numbered; MHS's columns), so times and memory are
-what it tells, and no quality. All settings are the command's defaults. results/benchmarks/full_size.json has the log of
-what the command printed, each line with its second.
+The base has random weights and the rows are made (texts of silver.csv, numbered; MHS's columns), so it tells times and
+memory, and no quality. All settings are the command's defaults. results/benchmarks/full_size.json has the log of what
+the command printed, each line with its second.
 """
 
 import argparse
@@ -46,7 +46,11 @@ def main() -> None:
     arguments = parser.parse_args()
     shape, size, options = "Mistral-7B", {}, []
     if arguments.quick:
-        shape, size, options = "tiny", {"n_comments": 300, "n_rows": 1000}, ["--max-steps", "2"]
+        shape, size, options = (
+            "tiny",
+            {"n_comments": 300, "n_rows": 1000},
+            ["--max-steps", "60", "--learning-rate", "1e-2"],
+        )
     with tempfile.TemporaryDirectory() as scratch:
         base, rows, output = (f"{scratch}/{name}" for name in ("base", "rows.parquet", "run"))
         make = [sys.executable, "-m", "tests.benchmarks.training", "--make", shape, base]

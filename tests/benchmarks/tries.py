@@ -2,9 +2,9 @@
 
     python -m tests.benchmarks.tries    # a CUDA GPU, 10 minutes; writes results/smollm2-135m/tries.{csv,json}
 
-One setting at a time is changed from START, with two seeds more to tell chance from gain, then the learning curve: fewer
-comments, as many steps. Every try is measured on the same tenth of silver.csv, calibration cross-fitted there. Tries
-that tries.csv holds are not made again. tries.json has the ceiling that the labels' noise sets.
+One setting at a time is changed from START, with two seeds more to tell chance from gain, then the learning curve:
+fewer comments, as many steps. Every try is measured on the same tenth of silver.csv, calibration cross-fitted there.
+Tries that tries.csv holds are not made again. tries.json has the ceiling that the labels' noise sets.
 """
 
 import argparse
