@@ -7,11 +7,12 @@ Every interval is of 95 %. Those of metrics are percentile bootstraps over comme
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from tqdm.auto import trange
 
 from hatespeech import UserError, export, task
 
@@ -71,9 +72,12 @@ def _columns(frame: pd.DataFrame, probabilities: np.ndarray, class_scores: Seque
     return [numbers(frame["label"]), frame["score"].to_numpy(dtype=float), np.asarray(probabilities), expected]
 
 
-def _resamples(n: int) -> list[np.ndarray]:
+def _resamples(n: int) -> Iterator[np.ndarray]:
     """Row numbers: all, then the bootstrap's, the same for every classifier, so that differences are paired."""
-    return [np.arange(n), *np.random.default_rng(0).integers(0, n, (N_BOOTSTRAP, n))]
+    rng = np.random.default_rng(0)
+    yield np.arange(n)
+    for _ in trange(N_BOOTSTRAP, desc="bootstrap", unit="sample", leave=False, delay=2):
+        yield rng.integers(0, n, n)
 
 
 def _point(truth, scores, probabilities, expected) -> dict[str, float]:
@@ -168,12 +172,13 @@ def baselines(train: pd.DataFrame, test: pd.DataFrame) -> dict[str, np.ndarray]:
 
 
 def by_row(frame: pd.DataFrame, class_scores: Sequence[float]) -> dict:
-    """The reference's protocol, which leaks: TF-IDF on a random fifth of the annotation rows, trained on the others.
+    """The reference's protocol, which leaks: TF-IDF on a random fifth of the annotation rows (5,000 of it, where it is
+    more), trained on the others.
 
     Rows of one comment are on both sides. No figure to compare with: it shows what such a split flatters by.
     """
     rows = frame.iloc[np.repeat(np.arange(len(frame)), frame["n_annotations"])].sample(frac=1, random_state=0)
-    train, test = rows[len(rows) // 5 :], rows[: len(rows) // 5]
+    train, test = rows[len(rows) // 5 :], rows[: len(rows) // 5][:5000]
     seen = test["comment_id"].isin(train["comment_id"]).mean()
     return {"test_rows_seen_in_training": _rounded(seen)} | measure(test, _tfidf(train, test), class_scores)
 

@@ -109,6 +109,7 @@ def write_merged(model, tokenizer, folder: Path) -> None:
     bfloat16's 8 bits round a small update away, by 0.02 in the probabilities of SmolLM2-135M.
     """
     from safetensors.torch import save_file
+    from transformers.utils import cached_file
 
     folder.mkdir()
     shard, weight_map = {}, {}
@@ -126,9 +127,16 @@ def write_merged(model, tokenizer, folder: Path) -> None:
     flush()
     write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
     config = {key: value for key, value in model.config.to_dict().items() if key != "quantization_config"}
-    # transformers 5 moved rope_theta; Ollama's converter (0.24) looks where it was, and takes 10000 if it isn't there.
-    write_json(folder / "config.json", (config.get("rope_parameters") or {}) | config | {"dtype": "float16"})
+    # Ollama's converter (0.24) looks for rope_theta where it was before transformers 5, and takes 10000 if it isn't.
+    config = (config.get("rope_parameters") or {}) | config | {"dtype": "float16"}
+    if config["model_type"] == "mistral":  # the converter does not know the name; but for the window it is a Llama
+        config |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    write_json(folder / "config.json", config)
     tokenizer.save_pretrained(folder)
+    # The converter wants sentencepiece's own file where the base has one; transformers 5 writes tokenizer.json alone.
+    base = model.peft_config["default"].base_model_name_or_path
+    if vocabulary := cached_file(base, "tokenizer.model", _raise_exceptions_for_missing_entries=False):
+        shutil.copy(vocabulary, folder)
 
 
 def _merged_tensors(causal) -> Iterator[tuple[str, object]]:

@@ -43,8 +43,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a tiny model on a CPU; nothing is stored")
     parser.add_argument("--tokenizer", default=str(BASE), help="a hub id, directory or .gguf file")
+    parser.add_argument("--max-steps", type=int, help="stop training so early; stored with the rest")
     arguments = parser.parse_args()
-    shape, size, options = "Mistral-7B", {}, []
+    shape, size = "Mistral-7B", {}
+    options = ["--max-steps", str(arguments.max_steps)] if arguments.max_steps else []
     if arguments.quick:
         shape, size, options = (
             "tiny",
@@ -68,7 +70,7 @@ def main() -> None:
         files = sorted(Path(output).iterdir(), key=lambda path: path.stat().st_mtime)
         run = export.read_settings(Path(output))
         result = {
-            "command": "python -m tests.benchmarks.full_size",
+            "command": " ".join(["python -m tests.benchmarks.full_size", *options]),
             "commit": train.commit(),
             "hardware": tuning.hardware(),
             "versions": train.versions(),

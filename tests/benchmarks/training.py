@@ -67,7 +67,7 @@ def make_base(workload: str, tokenizer_source: str, folder: Path) -> None:
 
     tokenizer = tuning.load_tokenizer(tokenizer_source)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    kind = "Mistral" if workload == "Mistral-7B" else "Llama"
+    kind = "Llama" if workload.startswith("SmolLM2") else "Mistral"
     config_class = getattr(transformers, f"{kind}Config")
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     config = config_class(vocab_size=len(tokenizer), max_position_embeddings=8192, **ids, **SHAPES[workload])
