@@ -281,8 +281,9 @@ def set_beside(folder: Path, splits: dict, metrics: dict, engine: str, found: di
 def finish_gguf(folder: Path, classifier, quantize: str, texts: list[str], expected: np.ndarray) -> None:
     """Make sure of a model.gguf that Ollama serves with training's probabilities, and bind the calibration to it.
 
-    expected: (n, 3), torch's label probabilities of the texts. Without an `ollama` command it can't be checked, and
-    merged safetensors stay as they are; both are said.
+    expected: (n, 3), torch's label probabilities of the texts. Merged safetensors go through the first converter at
+    hand whose file passes. Without an `ollama` command nothing is checked, and merged safetensors stay as they are;
+    both are said.
     """
     if not shutil.which("ollama"):
         print("no `ollama` command here: what it will serve is not checked; python -m train --evaluate-only does later")
@@ -292,22 +293,27 @@ def finish_gguf(folder: Path, classifier, quantize: str, texts: list[str], expec
             print("merged/ stays as 16-bit safetensors; ollama create converts it")
             return
     else:
-        if (folder / "merged").exists():
-            print("converting the merged weights to GGUF with Ollama's own converter")
-            ollama.convert(folder, "./merged")
-            shutil.rmtree(folder / "merged")
-            export.name_pretokenizer(folder / "model.gguf", classifier.tokenizer)
-        difference = np.abs(ollama.served_once(folder, tuple(classifier.label_tokens), texts) - expected).mean()
-        if difference > SERVED_TOLERANCE:
+        tokens = tuple(classifier.label_tokens)
+        for converted in export.converted(folder, classifier.tokenizer):
+            try:
+                difference = np.abs(ollama.served_once(folder, tokens, texts) - expected).mean()
+            except ollama.OllamaError as error:
+                print(f"{converted}: {error}")
+                continue
+            if difference <= SERVED_TOLERANCE:
+                break
+            print(f"{converted}: Ollama serves other probabilities than training saw, by {difference:.2f} on average")
+        else:
             raise UserError(
-                f"Ollama serves other probabilities than training saw (mean difference {difference:.2f}): it reads "
-                f"this base's weights or tokens otherwise. {folder} keeps what was trained; give the base as a .gguf"
+                f"no model.gguf serves what was trained: this base's weights or tokens are read otherwise. {folder} "
+                "keeps what was trained; give the base as a .gguf, or a llama.cpp checkout: UNSLOTH_LLAMA_CPP_PATH"
             )
         print(f"served by Ollama, label probabilities differ from training's by {difference:.4f} on average")
         if quantize != "F16":
             ollama.convert(folder, "./model.gguf", "--quantize", quantize)
-            difference = np.abs(ollama.served_once(folder, tuple(classifier.label_tokens), texts) - expected).mean()
+            difference = np.abs(ollama.served_once(folder, tokens, texts) - expected).mean()
             print(f"quantised to {quantize} by Ollama, they differ by {difference:.4f}; --evaluate-only tells the cost")
+        shutil.rmtree(folder / "merged", ignore_errors=True)
     fitted = calibration.Calibration.load(folder / "calibration.json")
     replace(fitted, model_sha256=export.sha256_of(folder / "model.gguf")).save(folder / "calibration.json")
 

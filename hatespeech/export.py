@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hatespeech import UserError, task
+from hatespeech import UserError, ollama, task
 
 MODELFILE = f'''# What a run's folder serves: `ollama create NAME -f results/<run>/Modelfile`. Every run gets this file.
 FROM ./model.gguf
@@ -160,6 +161,31 @@ def _merged_tensors(causal) -> Iterator[tuple[str, object]]:
                 a, b = (getattr(module, f"lora_{which}")["default"].weight.detach().float() for which in "AB")
                 weight = weight.float() + module.scaling["default"] * (b @ a)
             yield f"{path}.{name}", weight.to("cpu", torch.float16).contiguous()
+
+
+def converted(folder: Path, tokenizer) -> Iterator[str]:
+    """Make model.gguf of merged/ with one converter after the other, for as long as the caller asks for another.
+
+    Yields who made it: llama.cpp's own converter, where unsloth keeps a checkout of it, then Ollama's. A model.gguf
+    that is there without merged/ is the only one. A converter that refuses is named and passed over.
+    """
+    if not (folder / "merged").exists():
+        yield "merging with the gguf package"
+        return
+    llama_cpp = Path(os.environ.get("UNSLOTH_LLAMA_CPP_PATH", Path.home() / ".unsloth" / "llama.cpp"))
+    script = llama_cpp / "convert_hf_to_gguf.py"
+    if script.exists():
+        print(f"converting the merged weights to GGUF with {script}")
+        command = [sys.executable, script, "merged", "--outfile", "model.gguf", "--outtype", "f16"]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        if done.returncode:
+            print(f"{script}: {(done.stderr.strip().splitlines() or ['no reason given'])[-1]}")
+        else:
+            yield str(script)
+    print("converting the merged weights to GGUF with Ollama's own converter")
+    ollama.convert(folder, "./merged")
+    name_pretokenizer(folder / "model.gguf", tokenizer)
+    yield "Ollama's converter"
 
 
 def name_pretokenizer(gguf_path: Path, tokenizer) -> None:

@@ -158,3 +158,25 @@ def test_merged_safetensors_compute_what_was_trained(four_bit, tokenizer, tmp_pa
         merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)(ids).logits
     assert len(list((tmp_path / "merged").glob("*.safetensors"))) > 2
     assert (merged - expected).abs().max() < 0.01 * (expected - untrained).abs().max()
+
+
+def test_llama_cpps_converter_comes_first_then_ollamas(tokenizer, tmp_path, monkeypatch, capsys):
+    """A stand-in for llama.cpp's checkout, which the tests don't have."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "tie_word_embeddings": True}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape, **heads)).save_pretrained(tmp_path / "merged")
+    tokenizer.save_pretrained(tmp_path / "merged")
+    (tmp_path / "Modelfile").write_text(export.MODELFILE)
+    monkeypatch.setenv("UNSLOTH_LLAMA_CPP_PATH", str(tmp_path))
+    script = tmp_path / "convert_hf_to_gguf.py"
+    script.write_text("import sys; open(sys.argv[3], 'w').write(' '.join(sys.argv[1:]))")
+    makers = export.converted(tmp_path, tokenizer)
+    assert next(makers) == str(script)
+    assert (tmp_path / "model.gguf").read_text() == "merged --outfile model.gguf --outtype f16"
+    assert next(makers) == "Ollama's converter"
+    assert len(gguf.GGUFReader(tmp_path / "model.gguf").tensors) > 9
+    script.write_text("raise NotImplementedError('Architecture X not supported!')")
+    assert next(export.converted(tmp_path, tokenizer)) == "Ollama's converter"
+    assert "NotImplementedError: Architecture X not supported!" in capsys.readouterr().out

@@ -170,7 +170,7 @@ def test_a_base_directory_goes_through_ollamas_converter(some_silver, base_gguf,
         settings = ["--model", base, "--dataset", some_silver, "--output", tmp_path / "run", "--max-steps", 4]
         done = command(*settings, "--batch-size", 8, "--learning-rate", "2e-3", "--targets", "soft")
         assert done.returncode == 0, done.stderr[-2000:]
-        assert "Ollama's own converter" in done.stdout
+        assert "with Ollama's own converter" in done.stdout
         assert "served by Ollama, label probabilities differ from training's by 0.0" in done.stdout
         expected = by_torch(base, tmp_path / "run" / "adapter", texts[:40])
     assert not (tmp_path / "run" / "merged").exists()
@@ -212,14 +212,15 @@ def test_evaluate_only_measures_the_run_as_served(trained, create, ollama_host, 
 
 
 @pytest.mark.slow
-def test_a_gguf_that_ollama_reads_otherwise_is_not_called_finished(run, base_gguf, tmp_path):
+def test_a_gguf_that_ollama_reads_otherwise_is_not_called_finished(run, base_gguf, tmp_path, capsys):
     """The shipped model against probabilities that are not its own."""
     for name in ("model.gguf", "Modelfile", "settings.json", "calibration.json"):
         (tmp_path / name).symlink_to(run / name)
     tokenizer = tuning.load_tokenizer(str(base_gguf))
     classifier = tuning.Classifier(None, tokenizer, tuning.label_ids(tokenizer))
-    with pytest.raises(UserError, match="serves other probabilities than training saw"):
+    with pytest.raises(UserError, match=r"no model\.gguf serves what was trained"):
         train.finish_gguf(tmp_path, classifier, "F16", ["a lovely day"], np.array([[1.0, 0.0, 0.0]]))
+    assert "merging with the gguf package: Ollama serves other probabilities" in capsys.readouterr().out
 
 
 def settings(tmp_path, base_gguf, **changes) -> train.Settings:
