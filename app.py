@@ -24,11 +24,12 @@ from flask import Flask, Response, g, request, stream_with_context
 from sqlalchemy.exc import SQLAlchemyError
 from werkzeug.exceptions import BadRequest, Forbidden, HTTPException, NotFound, Unauthorized, UnsupportedMediaType
 
-from hatespeech import UserError, commands, export, openapi, pages, perspective, task
+from hatespeech import UserError, commands, export, openapi, pages, perspective, reporting, task
 from hatespeech.metrics import Metrics
 from hatespeech.ollama import Ollama, OllamaError, model_name
 from hatespeech.service import Answer, Busy, Gate, Service, status_of
 from hatespeech.store import Store
+from hatespeech.uploads import Uploads
 
 ROOT = Path(__file__).parent
 DEFAULTS = {
@@ -36,6 +37,7 @@ DEFAULTS = {
     "OLLAMA_HOST": "127.0.0.1:11434",
     "OLLAMA_TIMEOUT_S": "10",
     "DATABASE_URL": f"sqlite:///{ROOT / '.data' / 'requests.sqlite3'}",
+    "UPLOADS_DIR": str(ROOT / ".data" / "files"),  # files given to the page; deleted there
     "HOST": "127.0.0.1",  # where it listens: off loopback it asks for API keys
     "REQUIRE_API_KEY": "",  # set it where a proxy on this machine serves others
     "MAX_IN_FLIGHT": "4",  # requests at Ollama at a time
@@ -58,6 +60,8 @@ def create_app(config: dict | None = None) -> Flask:
     ollama = Ollama(app.config["OLLAMA_HOST"], model_name(run), tuple(run_settings["label_tokens"]), timeout_s)
     gate = Gate(int(app.config["MAX_IN_FLIGHT"]), int(app.config["MAX_QUEUE"]), timeout_s)
     service = Service(run, ollama, store, gate, tuple(run_settings["class_scores"]))
+    reference = reporting.load_reference(run)
+    uploads = Uploads(Path(app.config["UPLOADS_DIR"]), service, int(app.config["MAX_IN_FLIGHT"]))
     metrics = Metrics(gate)
     access_log = logging.getLogger("hatespeech.access")
     access_log.setLevel(logging.INFO)
@@ -295,6 +299,24 @@ def create_app(config: dict | None = None) -> Flask:
         authorise("read")
         return Response(metrics.exposition(), mimetype="text/plain")
 
+    @app.get("/report.json")
+    def report() -> Response:
+        """How the service is doing.
+        ---
+        get:
+          summary: How the service is doing
+          description: Requests, latency, abstention, drift, agreement with feedback; what the page /report shows.
+          parameters:
+            - {in: query, name: since, schema: {type: string}, description: "ISO 8601, UTC; 30 days before until"}
+            - {in: query, name: until, schema: {type: string}, description: "ISO 8601, UTC; now"}
+            - {in: query, name: model, schema: {type: string}, description: "a model_digest"}
+          responses:
+            200: {description: all figures, content: {application/json: {schema: {type: object}}}}
+            default: {$ref: '#/components/responses/Problem'}
+        """
+        authorise("read")
+        return as_json(reporting.report(store, pages.span_of(request.args), reference))
+
     @app.get("/openapi.json")
     def specification() -> Response:
         return as_json(openapi.specification(app))
@@ -321,7 +343,7 @@ def create_app(config: dict | None = None) -> Flask:
             return as_json(perspective.error(detail, status, HTTPStatus(status).name), headers, status)
         return as_json(problem_of(status, detail), headers, status, "application/problem+json")
 
-    pages.register(app, service, store, authorise, classified)
+    pages.register(app, service, store, uploads, reference, authorise, classified)
     return app
 
 

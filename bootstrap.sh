@@ -174,14 +174,14 @@ fetch_base() {
   rm -r .cache/base.part
 }
 
-find_postgres() {
-  if compgen -G "/usr/lib/postgresql/*/bin/initdb" >/dev/null; then return; fi
+find_package() { # find_package NAME GLOB: Debian's package, where nothing of the glob is here; tests are skipped without
+  if compgen -G "$2" >/dev/null; then return; fi
   if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
-    echo "  installing Debian's package"
-    (apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends postgresql) >.cache/postgresql.log 2>&1 ||
-      echo "  that failed (see .cache/postgresql.log): its tests will be skipped"
+    echo "  installing Debian's package $1"
+    (apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "$1") >".cache/$1.log" 2>&1 ||
+      echo "  that failed (see .cache/$1.log): its tests will be skipped"
   else
-    echo "  there is none: its tests will be skipped. To run them: apt-get install postgresql"
+    echo "  there is no $1: its tests will be skipped. To run them: apt-get install $1"
   fi
 }
 
@@ -256,8 +256,9 @@ if [ "${1:-}" = test ]; then
   step "Ollama and the base model"
   find_ollama
   fetch_base
-  step "PostgreSQL, for the tests that need one"
-  find_postgres
+  step "PostgreSQL and Chromium, for the tests that need them"
+  find_package postgresql '/usr/lib/postgresql/*/bin/initdb'
+  find_package chromium '/usr/bin/chromium'
   step "tests"
   trap - ERR
   .venv/bin/python -m pytest "${@:2}"

@@ -1,4 +1,4 @@
-"""The log, feedback and API keys. SQLAlchemy 2 models and queries; the only module that knows SQL.
+"""The log, feedback and API keys: SQLAlchemy 2 models, and all that is written (report and review read in queries.py).
 
 A request is committed before Ollama is called and again before the answer leaves. SQLite by default, PostgreSQL by
 its URL; several processes may share one database. Alembic brings an older database up to date at start.
@@ -6,6 +6,7 @@ its URL; several processes may share one database. Alembic brings an older datab
 
 import hashlib
 import hmac
+import math
 import os
 import secrets
 import socket
@@ -15,7 +16,20 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import psutil
-from sqlalchemy import ForeignKey, bindparam, create_engine, delete, event, func, insert, inspect, select, text, update
+from sqlalchemy import (
+    ForeignKey,
+    bindparam,
+    create_engine,
+    delete,
+    event,
+    func,
+    insert,
+    inspect,
+    select,
+    text,
+    update,
+)
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Engine, make_url
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
@@ -55,6 +69,7 @@ class Request(Base):
     p_neutral: Mapped[float | None]
     p_supportive: Mapped[float | None]
     score: Mapped[float | None]
+    confidence: Mapped[float | None]
     abstain: Mapped[bool | None]
     duration_ms: Mapped[float | None]
     error: Mapped[str | None]
@@ -69,8 +84,50 @@ _RECEIVE = insert(Request.__table__)
 _FINISH = update(Request.__table__).where(Request.__table__.c.id == bindparam("request_id"))
 
 
+class Tally(Base):
+    """How many finished requests of an hour had what in common, so that a report need not read them all.
+
+    measure and bin: tallies_of's.
+    """
+
+    __tablename__ = "tallies"
+
+    hour: Mapped[datetime] = mapped_column(primary_key=True)
+    model_digest: Mapped[str] = mapped_column(primary_key=True)
+    measure: Mapped[str] = mapped_column(primary_key=True)
+    bin: Mapped[str] = mapped_column(primary_key=True)
+    n: Mapped[int]
+
+
+SCORE_BINS, LATENCY_BINS = 4, 8  # a unit of the score; a doubling of the milliseconds
+
+
+def tallies_of(
+    *,
+    received_at: datetime,
+    status: str,
+    model_digest: str | None = None,
+    label: str | None = None,
+    abstain: bool | None = None,
+    score: float | None = None,
+    duration_ms: float | None = None,
+) -> list[tuple[datetime, str, str, str]]:
+    """Keys (hour, model_digest, measure, bin) of the tallies a finished request counts in.
+
+    measure `outcome`: its bin is the label, or the status where there is none; `abstained`; `score`: the number of a
+    bin of 1 / SCORE_BINS; `latency`: that of a bin of duration_ms, 9 % wide.
+    """
+    bins = [("outcome", label or status)]
+    if label:
+        bins += [("score", str(math.floor(score * SCORE_BINS)))] if score is not None else []
+        bins += [("latency", str(math.floor(math.log2(max(duration_ms, 0.01)) * LATENCY_BINS)))]
+        bins += [("abstained", "yes")] if abstain else []
+    hour = received_at.replace(minute=0, second=0, microsecond=0)
+    return sorted((hour, model_digest or "", measure, name) for measure, name in bins)
+
+
 class Feedback(Base):
-    """What a person says of an answer. Never overwritten: the newest counts."""
+    """What a person says of an answer. Never overwritten: the newest counts. Neither label nor score: taken back."""
 
     __tablename__ = "feedback"
 
@@ -111,13 +168,16 @@ class Store:
         location = make_url(url)
         if location.drivername == "postgresql":
             location = location.set(drivername="postgresql+psycopg")
-        sqlite = location.get_backend_name() == "sqlite"
-        if sqlite and location.database:
+        is_sqlite = location.get_backend_name() == "sqlite"
+        tally = (sqlite if is_sqlite else postgresql).insert(Tally.__table__)
+        keys = Tally.__table__.primary_key.columns.keys()
+        self._tally = tally.on_conflict_do_update(index_elements=keys, set_={"n": Tally.n + 1})
+        if is_sqlite and location.database:
             Path(location.database).parent.mkdir(parents=True, exist_ok=True)
         # SQLite has one writer at a time; a queue for one connection is fair where its own polling starves threads.
-        sizes = {"pool_size": 1, "max_overflow": 0} if sqlite else {"pool_size": 16, "max_overflow": 64}
+        sizes = {"pool_size": 1, "max_overflow": 0} if is_sqlite else {"pool_size": 16, "max_overflow": 64}
         self.engine = create_engine(location, pool_timeout=10, **sizes)
-        if sqlite:
+        if is_sqlite:
             event.listen(self.engine, "connect", _prepare_sqlite)
             event.listen(self.engine, "begin", _begin_sqlite)
         _migrate(self.engine)
@@ -166,25 +226,31 @@ class Store:
         calibration: str | None = None,
     ) -> None:
         """Commit what became of a request."""
-        decided = {}
+        decided = {"label": None if probabilities is None else task.decide(probabilities)}
         if probabilities is not None:
             hate, neutral, supportive = probabilities
-            decided = {"p_hate": hate, "p_neutral": neutral, "p_supportive": supportive}
-            decided |= {"label": task.decide(probabilities), "score": score, "abstain": abstain}
-        outcome = {"status": status, "http_status": int(http_status), "duration_ms": duration_ms, "error": error}
-        outcome |= {"finished_at": _now(), "model_digest": model_digest, "calibration": calibration}
+            decided |= {"p_hate": hate, "p_neutral": neutral, "p_supportive": supportive}
+            decided |= {"score": score, "confidence": max(probabilities), "abstain": abstain}
+        now, known = _now(), {"status": status, "duration_ms": duration_ms, "model_digest": model_digest}
+        outcome = {"http_status": int(http_status), "error": error, "finished_at": now, "calibration": calibration}
         with self.engine.begin() as connection:
-            connection.execute(_FINISH, {"request_id": request_id, **outcome, **decided})
+            connection.execute(_FINISH, {"request_id": request_id, **known, **outcome, **decided})
+            tallied = {name: decided.get(name) for name in ("label", "score", "abstain")}
+            self._count(connection, tallies_of(received_at=now, **known, **tallied))
+
+    def _count(self, connection, keys: Sequence[tuple[datetime, str, str, str]]) -> None:
+        names = ("hour", "model_digest", "measure", "bin")
+        connection.execute(self._tally, [dict(zip(names, key, strict=True), n=1) for key in keys])
 
     def latest(self, limit: int = 20) -> list[Request]:
         """The newest requests, newest first."""
-        with self._reading() as session:
+        with self.reading() as session:
             return list(session.scalars(select(Request).order_by(Request.received_at.desc()).limit(limit)))
 
     def answered(self, batch: int = 1000) -> Iterator[Request]:
         """All answered requests whose text was kept, oldest first, read in batches."""
         asked = select(Request).where(Request.status == ANSWERED, Request.text.is_not(None))
-        with self._reading() as session:
+        with self.reading() as session:
             yield from session.scalars(asked.order_by(Request.received_at).execution_options(yield_per=batch))
 
     def add_feedback(
@@ -205,11 +271,12 @@ class Store:
         """Each request that has feedback and its text, with the newest of it."""
         newest = select(func.max(Feedback.id)).group_by(Feedback.request_id)
         pairs = select(Request, Feedback).join(Feedback).where(Feedback.id.in_(newest), Request.text.is_not(None))
-        with self._reading() as session:
+        pairs = pairs.where(Feedback.label.is_not(None) | Feedback.score.is_not(None))
+        with self.reading() as session:
             yield from (tuple(row) for row in session.execute(pairs.order_by(Feedback.id)))
 
     def purge(self, older_than: timedelta) -> int:
-        """Delete requests, and their feedback, that came longer ago; return how many."""
+        """Delete requests, and their feedback, that came longer ago; return how many. The counts by hour stay."""
         old = select(Request.id).where(Request.received_at < _now() - older_than)
         with self.engine.begin() as connection:
             connection.execute(delete(Feedback).where(Feedback.request_id.in_(old)))
@@ -228,7 +295,7 @@ class Store:
             return connection.execute(delete(ApiKey).where(ApiKey.name == name)).rowcount > 0
 
     def api_keys(self) -> list[ApiKey]:
-        with self._reading() as session:
+        with self.reading() as session:
             return list(session.scalars(select(ApiKey).order_by(ApiKey.name)))
 
     def key_named(self, key: str) -> ApiKey | None:
@@ -242,7 +309,7 @@ class Store:
         with Session(self.engine) as session, session.begin():
             session.execute(select(Request.id).limit(1))
 
-    def _reading(self) -> Session:
+    def reading(self) -> Session:
         """A session that takes no write lock, whose rows outlive it."""
         return Session(self.engine.execution_options(begin="DEFERRED"), expire_on_commit=False)
 
@@ -252,6 +319,8 @@ class Store:
             for request in session.scalars(select(Request).where(Request.status == RECEIVED)):
                 if _is_dead(request.process) or request.received_at < _now() - _ABANDONED:
                     request.status, request.finished_at = INTERRUPTED, _now()
+                    keys = tallies_of(received_at=request.received_at, status=INTERRUPTED)
+                    self._count(session.connection(), keys)
 
 
 def _process_name(pid: int) -> str:

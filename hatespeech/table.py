@@ -83,6 +83,22 @@ def classify(
     return [f"line {answer['line']}: {answer['error']}" for _, answer in sorted(answers.items()) if answer["error"]]
 
 
+def columns(source: Path) -> list[str]:
+    """The names of the file's columns. Raises UserError where it is no table with a header."""
+    if not source.is_file():
+        raise UserError(f"{source}: no such file")
+    if source.suffix == ".parquet":
+        try:
+            return _parquet().read_schema(source).names
+        except ValueError as error:  # pyarrow's own errors are such
+            raise UserError(f"{source}: can't be read as Parquet") from error
+    with _open(source) as file:
+        names = next(csv.reader(file), [])
+    if not names:
+        raise UserError(f"{source}: is empty, without a header")
+    return names
+
+
 def count(source: Path, column: str) -> int:
     """How many rows the file has. Raises UserError as classify does."""
     return sum(1 for _ in _reader(source, column)())
@@ -107,11 +123,9 @@ def _answer(service: Service, text: str | None, wrong: str) -> dict:
 
 def _reader(source: Path, column: str) -> Callable[[], Iterator[tuple[int, str | None, str]]]:
     """A function that reads the file anew: (line, text, what is wrong with the row) a row."""
-    if not source.is_file():
-        raise UserError(f"{source}: no such file")
+    names = columns(source)
+    _check_columns(source, names, column)
     if source.suffix == ".parquet":
-        names = _parquet().read_schema(source).names
-        _check_columns(source, names, column)
 
         def rows() -> Iterator[tuple[int, str | None, str]]:
             number = 0
@@ -121,9 +135,6 @@ def _reader(source: Path, column: str) -> Callable[[], Iterator[tuple[int, str |
                     yield number, None if text is None else str(text), ""
 
         return rows
-    with _open(source) as file:
-        names = next(csv.reader(file), [])
-    _check_columns(source, names, column)
     place = names.index(column)
 
     def lines() -> Iterator[tuple[int, str | None, str]]:

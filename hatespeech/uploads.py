@@ -1,0 +1,103 @@
+"""Files that people give the page to classify: kept in a folder each, classified by table.py in a thread.
+
+All that is known of one is on disk, so any process can tell how far it is, and after a restart it goes on from its
+journal when it is started again.
+"""
+
+import json
+import re
+import shutil
+import threading
+import uuid
+from pathlib import Path
+
+from flask import Response, send_file
+from werkzeug.datastructures import FileStorage
+from werkzeug.exceptions import BadRequest, Conflict, NotFound
+
+from hatespeech import UserError, export, table
+from hatespeech.service import Service
+
+KINDS = (".csv", ".parquet")
+
+
+class Uploads:
+    """folder: where they are; places: how many texts of a file are asked at a time."""
+
+    def __init__(self, folder: Path, service: Service, places: int):
+        self.folder, self.service, self.places = folder, service, places
+        self._running: dict[str, threading.Thread] = {}
+
+    def keep(self, sent: FileStorage) -> str:
+        """Keep an uploaded file; returns its name here. BadRequest where it is no table."""
+        kind = Path(sent.filename).suffix.lower()
+        if kind not in KINDS:
+            raise BadRequest(f"a file to classify is {' or '.join(KINDS)}")
+        name = uuid.uuid4().hex
+        place = self.folder / name
+        place.mkdir(parents=True)
+        sent.save(place / f"input{kind}")
+        try:
+            columns = table.columns(place / f"input{kind}")
+        except UserError as error:
+            shutil.rmtree(place)
+            raise BadRequest(str(error).replace(str(place / f"input{kind}"), sent.filename)) from error
+        about = {"filename": Path(sent.filename).name, "kind": kind, "columns": columns}
+        export.write_json(place / "about.json", about)
+        return name
+
+    def state(self, name: str) -> dict:
+        """filename, columns, column (the chosen one), rows, done, finished, running, wrong (rows, by line), error."""
+        place, about = self._place(name)
+        journal = place / f"output{about['kind']}.progress"
+        finished = (place / f"output{about['kind']}").exists()
+        done = max(0, journal.read_bytes().count(b"\n") - 1) if journal.exists() else 0
+        running = name in self._running and self._running[name].is_alive()
+        unknown = {"column": None, "rows": None, "wrong": [], "error": None}
+        known = unknown | about | {"name": name, "finished": finished, "running": running}
+        return known | {"done": known["rows"] if finished else done}
+
+    def all(self) -> list[dict]:
+        names = [path.parent.name for path in self.folder.glob("*/about.json")]
+        return sorted((self.state(name) for name in names), key=lambda state: state["filename"])
+
+    def start(self, name: str, column: str) -> None:
+        """Classify the file, or go on with it, in a thread of its own."""
+        place, about = self._place(name)
+        source, target = place / f"input{about['kind']}", place / f"output{about['kind']}"
+        if self.state(name)["running"] or target.exists():
+            raise Conflict("this file is being classified, or was")
+        try:
+            about |= {"column": column, "rows": table.count(source, column), "error": None}
+        except UserError as error:
+            raise BadRequest(str(error).replace(str(source), about["filename"])) from error
+        export.write_json(place / "about.json", about)
+
+        def run() -> None:
+            try:
+                wrong = table.classify(self.service, source, target, column, places=self.places, advance=lambda n: None)
+                found = {"wrong": wrong}
+            except (UserError, OSError) as error:
+                found = {"error": str(error).replace(str(place) + "/", "")}
+            export.write_json(place / "about.json", about | found)
+
+        self._running[name] = threading.Thread(target=run, daemon=True, name=f"file {name}")
+        self._running[name].start()
+
+    def send(self, name: str) -> Response:
+        place, about = self._place(name)
+        path = place / f"output{about['kind']}"
+        if not path.exists():
+            raise NotFound("this file is not classified yet")
+        return send_file(path, as_attachment=True, download_name=f"classified-{about['filename']}")
+
+    def delete(self, name: str) -> None:
+        if self.state(name)["running"]:
+            raise Conflict("this file is being classified: wait until it is done")
+        shutil.rmtree(self._place(name)[0])
+
+    def _place(self, name: str) -> tuple[Path, dict]:
+        place = self.folder / name
+        if not re.fullmatch(r"[0-9a-f]{32}", name) or not (place / "about.json").exists():
+            raise NotFound("there is no such file")
+        return place, json.loads((place / "about.json").read_text())
