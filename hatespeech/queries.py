@@ -105,13 +105,13 @@ class Filter:
 
 
 def _matches(store: Store, words: str):
-    """All the words, in any order: https://www.sqlite.org/fts5.html, PostgreSQL's websearch_to_tsquery."""
+    """All the words, in any order: https://www.sqlite.org/fts5.html, PostgreSQL's plainto_tsquery."""
     if store.engine.dialect.name == "sqlite":
         quoted = " ".join('"{}"'.format(word.replace('"', '""')) for word in words.replace("\0", " ").split())
         found = "SELECT request_id FROM searchable WHERE number IN (SELECT rowid FROM request_texts(:words))"
         return Request.id.in_(text(found).bindparams(words=quoted).columns(Request.id))
     document = func.to_tsvector(text("'simple'"), func.left(Request.text, text("50000")))
-    return document.op("@@")(func.websearch_to_tsquery(text("'simple'"), words.replace("\0", " ")))
+    return document.op("@@")(func.plainto_tsquery(text("'simple'"), words.replace("\0", " ")))
 
 
 def least_sure(

@@ -356,17 +356,24 @@ def _begin_sqlite(connection) -> None:
     connection.exec_driver_sql(f"BEGIN {connection.get_execution_options().get('begin', 'IMMEDIATE')}")
 
 
-def _migrate(engine: Engine) -> None:
-    """Bring the schema up to date, in one transaction that one process at a time holds."""
-    from alembic import command
+def migrations(connection):
+    """Alembic's configuration for this connection: command.upgrade(migrations(connection), "head")."""
     from alembic.config import Config
 
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+    config.attributes["connection"] = connection
+    return config
+
+
+def _migrate(engine: Engine) -> None:
+    """Bring the schema up to date, in one transaction that one process at a time holds."""
+    from alembic import command
+
     with engine.begin() as connection:  # SQLite: IMMEDIATE, the write lock
         if engine.dialect.name == "postgresql":
             connection.execute(text("SELECT pg_advisory_xact_lock(20260101)"))
-        config.attributes["connection"] = connection
+        config = migrations(connection)
         tables = inspect(connection).get_table_names()
         if "requests" in tables and "alembic_version" not in tables:  # made before there were migrations
             command.stamp(config, "0001")

@@ -5,12 +5,16 @@ import os
 import shutil
 import socket
 import subprocess
+import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from sqlalchemy import create_engine, text
 
 from app import create_app
 from hatespeech import export
@@ -98,6 +102,46 @@ def make_client(run, tmp_path):
 @pytest.fixture
 def client(make_client, server, ollama_host):
     return make_client(ollama_host)
+
+
+INITDB = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+
+
+@contextmanager
+def postgres_server() -> Iterator[str]:
+    """A PostgreSQL server from Debian's package, with a cluster of its own; its URL."""
+    user = {"user": "postgres", "group": "postgres"} if os.getuid() == 0 else {}  # initdb refuses root
+    folder, port = Path(tempfile.mkdtemp(prefix="hatespeech-pg-")), free_port()
+    if user:
+        shutil.chown(folder, **user)
+    tool = {"cwd": folder, "check": True, "stdout": subprocess.DEVNULL, **user}
+    subprocess.run([INITDB[-1], "-D", folder / "data", "-U", "tests", "-A", "trust"], **tool)
+    options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder} -c max_connections=200"
+    control = INITDB[-1].with_name("pg_ctl")
+    subprocess.run([control, "-D", folder / "data", "-l", folder / "log", "-o", options, "-w", "start"], **tool)
+    yield f"postgresql://tests@127.0.0.1:{port}/postgres"
+    subprocess.run([control, "-D", folder / "data", "-m", "immediate", "stop"], **tool)
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
+def postgres():
+    if not INITDB:
+        pytest.skip("no PostgreSQL server here: apt-get install postgresql")
+    with postgres_server() as url:
+        yield url
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request, tmp_path) -> str:
+    """An empty database of each kind."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/requests.sqlite3"
+    url = request.getfixturevalue("postgres").replace("postgresql:", "postgresql+psycopg:")
+    name = f"t{time.monotonic_ns()}"
+    with create_engine(url, isolation_level="AUTOCOMMIT").connect() as connection:
+        connection.execute(text(f"CREATE DATABASE {name}"))
+    return url.replace("/postgres", f"/{name}")
 
 
 class StandIn(ThreadingHTTPServer):

@@ -2,12 +2,10 @@
 
 import json
 import os
-import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections import Counter
@@ -17,7 +15,6 @@ from pathlib import Path
 import psutil
 import pytest
 import requests
-from sqlalchemy import create_engine, text
 
 from hatespeech.service import Busy, Gate
 from hatespeech.store import ANSWERED, Store
@@ -72,38 +69,6 @@ def start(run, ollama_host, server, tmp_path):
     for app in apps:
         if app.process.poll() is None:
             app.kill()
-
-
-@pytest.fixture(scope="session")
-def postgres():
-    """A PostgreSQL server from Debian's package, with a cluster of its own; its URL."""
-    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
-    if not found:
-        pytest.skip("no PostgreSQL server here: apt-get install postgresql")
-    user = {"user": "postgres", "group": "postgres"} if os.getuid() == 0 else {}  # initdb refuses root
-    folder, port = Path(tempfile.mkdtemp(prefix="hatespeech-pg-")), free_port()
-    if user:
-        shutil.chown(folder, **user)
-    tool = {"cwd": folder, "check": True, "stdout": subprocess.DEVNULL, **user}
-    subprocess.run([found[-1], "-D", folder / "data", "-U", "tests", "-A", "trust"], **tool)
-    options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder} -c max_connections=200"
-    control = found[-1].with_name("pg_ctl")
-    subprocess.run([control, "-D", folder / "data", "-l", folder / "log", "-o", options, "-w", "start"], **tool)
-    yield f"postgresql://tests@127.0.0.1:{port}/postgres"
-    subprocess.run([control, "-D", folder / "data", "-m", "immediate", "stop"], **tool)
-    shutil.rmtree(folder)
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def database_url(request, tmp_path) -> str:
-    """An empty database of each kind."""
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path}/requests.sqlite3"
-    url = request.getfixturevalue("postgres").replace("postgresql:", "postgresql+psycopg:")
-    name = f"t{time.monotonic_ns()}"
-    with create_engine(url, isolation_level="AUTOCOMMIT").connect() as connection:
-        connection.execute(text(f"CREATE DATABASE {name}"))
-    return url.replace("/postgres", f"/{name}")
 
 
 def test_the_gate_lets_in_so_many_queues_so_many_and_refuses_the_rest():
