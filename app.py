@@ -25,6 +25,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from werkzeug.exceptions import BadRequest, Forbidden, HTTPException, NotFound, Unauthorized, UnsupportedMediaType
 
 from hatespeech import UserError, commands, export, openapi, pages, perspective, reporting, task
+from hatespeech.hosts import Hosts
 from hatespeech.metrics import Metrics
 from hatespeech.ollama import Ollama, OllamaError, model_name
 from hatespeech.service import Answer, Busy, Gate, Service, status_of
@@ -35,12 +36,13 @@ ROOT = Path(__file__).parent
 DEFAULTS = {
     "MODEL_DIR": str(ROOT / "results" / "smollm2-135m"),
     "OLLAMA_HOST": "127.0.0.1:11434",
+    "OLLAMA_HOSTS": "",  # several instead, separated by commas: the least busy healthy one is asked
     "OLLAMA_TIMEOUT_S": "10",
     "DATABASE_URL": f"sqlite:///{ROOT / '.data' / 'requests.sqlite3'}",
     "UPLOADS_DIR": str(ROOT / ".data" / "files"),  # files given to the page; deleted there
     "HOST": "127.0.0.1",  # where it listens: off loopback it asks for API keys
     "REQUIRE_API_KEY": "",  # set it where a proxy on this machine serves others
-    "MAX_IN_FLIGHT": "4",  # requests at Ollama at a time
+    "MAX_IN_FLIGHT": "4",  # requests at each Ollama at a time
     "MAX_QUEUE": "32",  # requests waiting for that
     "LOG_TEXT": "full",
     "LOG_HASH_KEY": "",
@@ -57,11 +59,13 @@ def create_app(config: dict | None = None) -> Flask:
     timeout_s, run = float(app.config["OLLAMA_TIMEOUT_S"]), Path(app.config["MODEL_DIR"])
     run_settings = export.read_settings(run)
     store = Store(app.config["DATABASE_URL"], app.config["LOG_TEXT"], app.config["LOG_HASH_KEY"])
-    ollama = Ollama(app.config["OLLAMA_HOST"], model_name(run), tuple(run_settings["label_tokens"]), timeout_s)
-    gate = Gate(int(app.config["MAX_IN_FLIGHT"]), int(app.config["MAX_QUEUE"]), timeout_s)
+    hosts, tokens = app.config["OLLAMA_HOSTS"] or app.config["OLLAMA_HOST"], tuple(run_settings["label_tokens"])
+    ollama = Hosts([Ollama(host.strip(), model_name(run), tokens, timeout_s) for host in hosts.split(",")])
+    places = len(ollama.servers) * int(app.config["MAX_IN_FLIGHT"])
+    gate = Gate(places, int(app.config["MAX_QUEUE"]), timeout_s)
     service = Service(run, ollama, store, gate, tuple(run_settings["class_scores"]))
     reference = reporting.load_reference(run)
-    uploads = Uploads(Path(app.config["UPLOADS_DIR"]), service, int(app.config["MAX_IN_FLIGHT"]))
+    uploads = Uploads(Path(app.config["UPLOADS_DIR"]), service, places)
     metrics = Metrics(gate)
     access_log = logging.getLogger("hatespeech.access")
     access_log.setLevel(logging.INFO)

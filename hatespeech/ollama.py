@@ -135,6 +135,7 @@ class Ollama:
         self._session.mount("http://", requests.adapters.HTTPAdapter(pool_maxsize=64))
         self._session.trust_env = False  # a proxy from the environment has no business with these texts
         self._digest: tuple[float, str] = (float("-inf"), "")
+        self._weights: dict[str, str] = {}  # by digest, which never changes its weights
         self._lock = threading.Lock()
 
     def classify(self, text: str) -> Prediction:
@@ -169,6 +170,19 @@ class Ollama:
             return Prediction(probabilities, int(answer["prompt_eval_count"]))
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise BadAnswer(f"Ollama's answer holds no label probabilities ({error!r})") from error
+
+    def ask(self, text: str) -> tuple[Prediction, str, str]:
+        """classify, and model_served of what answered."""
+        self.digest()  # where the model is not there, before the text is sent
+        prediction = self.classify(text)
+        return prediction, *self.model_served()
+
+    def model_served(self) -> tuple[str, str]:
+        """The model's digest, at most 5 s old, and its weights' sha256."""
+        digest = self.digest()
+        if digest not in self._weights:
+            self._weights[digest] = self.weights_sha256()
+        return digest, self._weights[digest]
 
     def digest(self) -> str:
         """The sha256 of the model that answers, at most 5 s old. Raises OllamaError where the model is not there."""

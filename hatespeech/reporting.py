@@ -52,27 +52,19 @@ def population_stability_index(expected: np.ndarray, found: np.ndarray) -> float
 
 def report(store: Store, span: Span, reference: dict | None) -> dict:
     """All figures of a time range. Latencies are within 5 %, from bins of 9 %; times are UTC."""
-    hours: dict[datetime, dict[str, Counter]] = defaultdict(lambda: defaultdict(Counter))
-    models: dict[str, dict[str, Counter]] = defaultdict(lambda: defaultdict(Counter))
-    for hour, digest, measure, name, n in queries.tallies(store, span):
-        hours[hour][measure][name] += n
-        models[digest][measure][name] += n
-    by_hour = span.until - span.since <= timedelta(days=3)
-    steps: dict[datetime, dict[str, Counter]] = defaultdict(lambda: defaultdict(Counter))
-    days: dict[datetime, dict[str, Counter]] = defaultdict(lambda: defaultdict(Counter))
+    by = "hour" if span.until - span.since <= timedelta(days=3) else "day"
+    steps, days, models = (defaultdict(lambda: defaultdict(Counter)) for _ in range(3))
     total: dict[str, Counter] = defaultdict(Counter)
-    for hour, measures in hours.items():
-        day = hour.replace(hour=0)
-        for measure, counts in measures.items():
-            for into in (steps[hour if by_hour else day], days[day], total):
-                into[measure].update(counts)
+    for start, digest, measure, name, n in queries.tallies(store, span, by):
+        for counted in (steps[start], days[start.replace(hour=0)], models[digest], total):
+            counted[measure][name] += n
     agreed, judged = queries.agreement(store, span)
     return {
         "since": span.since.isoformat(),
         "until": span.until.isoformat(),
         "model_digest": span.model_digest or None,
         **_figures(total),
-        "by": "hour" if by_hour else "day",
+        "by": by,
         "over_time": [{"start": start.isoformat(), **_figures(steps[start])} for start in sorted(steps)],
         "drift": _drift(total, days, reference),
         "feedback": {"judged": judged, "agreed": agreed, "agreement": _share(agreed, judged)},

@@ -12,7 +12,8 @@ from werkzeug.exceptions import BadRequest, HTTPException
 
 from hatespeech import task
 from hatespeech.calibration import Calibration
-from hatespeech.ollama import Ollama, OllamaError
+from hatespeech.hosts import Hosts
+from hatespeech.ollama import OllamaError
 from hatespeech.store import ANSWERED, FAILED, REFUSED, Store
 
 
@@ -83,22 +84,19 @@ class Service:
     class_scores: what the expected score is made of where no calibration applies.
     """
 
-    def __init__(self, run: Path, ollama: Ollama, store: Store, gate: Gate, class_scores: tuple[float, float, float]):
+    def __init__(self, run: Path, ollama: Hosts, store: Store, gate: Gate, class_scores: tuple[float, float, float]):
         self.ollama, self.store, self.gate, self.class_scores = ollama, store, gate, class_scores
         path = run / "calibration.json"
         self._stored = Calibration.load(path) if path.exists() else None
-        self._weights: dict[str, str] = {}  # model digest -> sha256 of its weights; a digest never changes its weights
 
-    def calibration_for(self, digest: str) -> tuple[Calibration | None, str]:
-        """The calibration for the model of this digest, or None and why."""
+    def calibration_for(self, weights_sha256: str) -> tuple[Calibration | None, str]:
+        """The calibration for a model of these weights, or None and why."""
         if self._stored is None:
             return None, "the run's folder holds no calibration.json"
-        if digest not in self._weights:
-            self._weights[digest] = self.ollama.weights_sha256()
-        if self._weights[digest] != self._stored.model_sha256:
+        if weights_sha256 != self._stored.model_sha256:
             return None, (
                 f"calibration.json was fitted for the weights {str(self._stored.model_sha256)[:12]}, "
-                f"and Ollama serves {self._weights[digest][:12]}"
+                f"and Ollama serves {weights_sha256[:12]}"
             )
         return self._stored, ""
 
@@ -118,13 +116,13 @@ class Service:
         try:
             text = text_of(body)
             with self.gate.place(patient):
-                digest = self.ollama.digest()
-                probabilities = self.ollama.classify(text).probabilities
-            calibration, _ = self.calibration_for(digest)
+                prediction, digest, weights_sha256 = self.ollama.ask(text)
+            calibration, _ = self.calibration_for(weights_sha256)
         except Exception as error:
             status, reason = status_of(error)
             finish(status=REFUSED if status < 500 else FAILED, http_status=status, error=reason)
             raise
+        probabilities = prediction.probabilities
         if calibration:
             probabilities = tuple(calibration.apply(probabilities).tolist())
         scores = calibration.class_scores if calibration else self.class_scores
@@ -159,10 +157,11 @@ class Service:
     def health(self) -> dict:
         """Raises OllamaError or SQLAlchemyError where no text could be classified and logged now."""
         self.store.check()
-        self.ollama.version()
-        digest = self.ollama.digest()
-        calibration, why_not = self.calibration_for(digest)
-        return {"status": "OK", "model": self._provenance(digest, calibration), "uncalibrated_because": why_not}
+        hosts = self.ollama.health()
+        digest, weights_sha256 = self.ollama.model_served()
+        calibration, why_not = self.calibration_for(weights_sha256)
+        provenance = self._provenance(digest, calibration)
+        return {"status": "OK", "model": provenance, "uncalibrated_because": why_not, "ollama": hosts}
 
     def _provenance(self, digest: str, calibration: Calibration | None) -> dict:
         return {

@@ -16,6 +16,7 @@ from werkzeug.datastructures import FileStorage
 from werkzeug.exceptions import BadRequest, Conflict, NotFound
 
 from hatespeech import UserError, export, table
+from hatespeech.ollama import OllamaError
 from hatespeech.service import Service
 
 KINDS = (".csv", ".parquet")
@@ -77,7 +78,7 @@ class Uploads:
             try:
                 wrong = table.classify(self.service, source, target, column, places=self.places, advance=lambda n: None)
                 found = {"wrong": wrong}
-            except (UserError, OSError) as error:
+            except (UserError, OllamaError, OSError) as error:
                 found = {"error": str(error).replace(str(place) + "/", "")}
             export.write_json(place / "about.json", about | found)
 

@@ -92,6 +92,7 @@ def make_client(run, tmp_path):
     def make(host: str, **config):
         database = tmp_path / "requests.sqlite3"
         settings = {"MODEL_DIR": str(run), "OLLAMA_HOST": host, "DATABASE_URL": f"sqlite:///{database}"}
+        settings["UPLOADS_DIR"] = str(tmp_path / "files")
         client = create_app(settings | config).test_client()
         client.database = database
         return client

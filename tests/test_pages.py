@@ -1,5 +1,8 @@
 """The page, through the real service. HTML is read by the standard library's parser."""
 
+import csv
+import io
+import time
 from html.parser import HTMLParser
 
 import pandas as pd
@@ -125,3 +128,60 @@ def test_off_loopback_the_browser_asks_for_the_key(make_client, ollama_host, ser
     assert asked.headers["WWW-Authenticate"].startswith("Basic ")
     assert client.get("/", environ_overrides=elsewhere, auth=("anyone", "wrong")).status_code == 401
     assert client.get("/", environ_overrides=elsewhere, auth=("anyone", key)).status_code == 200
+
+
+def test_hostile_texts_stay_text_on_every_page(client):
+    for _ in range(2):
+        client.post("/infer", data=HOSTILE)
+    escaped = "&lt;script&gt;alert(1)&lt;/script&gt;"
+    for path in ("/report", "/review?decided=all"):
+        shown = client.get(path).text
+        assert escaped in shown
+        assert "<script>alert" not in shown
+        assert "<img" not in shown
+    shown = client.get("/review", query_string={"words": HOSTILE, "decided": "all"})
+    assert Page(shown.text).texts["p"].count("1 to see") == 0  # the words are in it, and both texts are found
+    assert "2 to see" in shown.text
+    assert "script-src 'self'" in shown.headers["Content-Security-Policy"]
+    assert "unsafe" not in shown.headers["Content-Security-Policy"]
+    exported = client.get("/review.csv", query_string={"words": "alert", "decided": "all"}).text
+    assert len(list(csv.DictReader(io.StringIO(exported)))) == 2
+
+
+def test_a_file_is_finished_when_ollama_is_back(make_client, stand_in, server, ollama_host, tmp_path):
+    """Ollama is away after the service came up; with the next process, where it is back, the file is finished."""
+    folder = {"UPLOADS_DIR": str(tmp_path / "files")}
+    stand_in.status = 500
+    broken = make_client(stand_in.host, **folder)
+    sent = {"file": (io.BytesIO(b"text\nthank you\nsome text\n"), "my file.csv")}
+    place = broken.post("/file", data=sent).location
+    assert broken.post("/file", data={"file": (io.BytesIO(b"x"), "x.exe")}).status_code == 400
+    assert broken.post("/file", data={"file": (io.BytesIO(b""), "x.csv")}).status_code == 400
+    assert broken.post(place, data={"column": "no such"}).status_code == 400
+    broken.post(place, data={"column": "text"})
+    stopped = wait(broken, place)
+    assert "Stopped: " in broken.get(place).text
+    assert stopped["error"]
+    assert not stopped["finished"]
+    assert broken.get(f"{place}/download").status_code == 404
+
+    client = make_client(ollama_host, **folder)
+    assert "my file.csv" in client.get("/file").text
+    client.post(place, data={"column": "text"})
+    assert wait(client, place)["finished"]
+    assert client.post(place, data={"column": "text"}).status_code == 409
+    rows = list(csv.DictReader(io.StringIO(client.get(f"{place}/download").text)))
+    assert [row["text"] for row in rows] == ["thank you", "some text"]
+    assert all(row["label"] for row in rows)
+    client.post(place, data={"action": "delete"})
+    assert list((tmp_path / "files").iterdir()) == []
+    assert client.get(place).status_code == 404
+
+
+def wait(client, place: str) -> dict:
+    for _ in range(300):
+        state = client.get(f"{place}/state").get_json()
+        if not state["running"]:
+            return state
+        time.sleep(0.1)
+    raise AssertionError(state)

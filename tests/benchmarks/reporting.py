@@ -1,6 +1,6 @@
 """The report and the review on a log of a million requests, in SQLite and PostgreSQL.
 
-    python -m tests.benchmarks.reporting                # minutes, 2 GB of disk; writes results/benchmarks/reporting.json
+    python -m tests.benchmarks.reporting                # minutes, 2 GB of disk; writes results/benchmarks/ too
     python -m tests.benchmarks.reporting --rows 2000    # prints only
 
 Rows are made: texts of silver.csv, 30 days, two models, random answers. Each figure is the median of five calls.

@@ -45,7 +45,7 @@ def upgrade() -> None:
     highest = "max" if connection.dialect.name == "sqlite" else "greatest"
     op.execute(f"UPDATE requests SET confidence = {highest}(p_hate, p_neutral, p_supportive) WHERE label IS NOT NULL")
     op.create_index("ix_requests_confidence", "requests", ["confidence", "id"])
-    op.create_index("ix_requests_repeated", "requests", ["text_sha256", "received_at", "model_digest"])
+    op.create_index("ix_requests_repeated", "requests", [sa.text("substr(text_sha256, 1, 32)"), "received_at"])
     names = ("received_at", "status", "model_digest", "label", "abstain", "score", "duration_ms")
     columns = (sa.column("received_at", sa.DateTime), *map(sa.column, names[1:]))
     finished = sa.select(*columns).select_from(sa.table("requests")).where(sa.column("status") != "received")
