@@ -48,20 +48,16 @@ def tallies(store: Store, span: Span, by: str) -> list[tuple[datetime, str, str,
         return [(datetime.fromisoformat(str(first)), *rest) for first, *rest in session.execute(asked)]
 
 
-# What the index ix_requests_repeated holds: half of the hash tells texts apart, and is read twice as fast.
-_SHA256_START = func.substr(Request.text_sha256, text("1"), text("32"))  # literal, as the index has them
-
-
 def repeated(store: Store, span: Span, limit: int = 10) -> list[dict]:
     """The texts that came most often, of whichever model: {"id", "n", "label", "text"}, the newest of each."""
-    asked = select(_SHA256_START, func.count().label("n"), func.max(Request.received_at))
+    asked = select(Request.text_key, func.count().label("n"), func.max(Request.received_at))
     asked = asked.where(Request.received_at >= span.since, Request.received_at < span.until)
-    asked = asked.where(_SHA256_START.is_not(None)).group_by(_SHA256_START)
-    asked = asked.having(func.count() > 1).order_by(func.count().desc(), _SHA256_START).limit(limit)
+    asked = asked.where(Request.text_key.is_not(None)).group_by(Request.text_key)
+    asked = asked.having(func.count() > 1).order_by(func.count().desc(), Request.text_key).limit(limit)
     found = []
     with store.reading() as session:
-        for start, n, newest in session.execute(asked).all():
-            same = select(Request).where(start == _SHA256_START, Request.received_at == newest).limit(1)
+        for key, n, newest in session.execute(asked).all():
+            same = select(Request).where(Request.text_key == key, Request.received_at == newest).limit(1)
             request = session.scalars(same).one()
             found.append({"id": request.id, "n": n, "label": request.label, "text": request.text})
     return found

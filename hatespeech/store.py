@@ -35,6 +35,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from hatespeech import UserError, task
 
+KEY_LENGTH = 16
 RECEIVED, ANSWERED, REFUSED, FAILED, INTERRUPTED = "received", "answered", "refused", "failed", "interrupted"
 # Longer than any request can take: what another machine's process has left `received` for so long was interrupted.
 _ABANDONED = timedelta(hours=1)
@@ -49,7 +50,8 @@ class Request(Base):
 
     status: received (Ollama is being asked) -> answered, refused (the request's fault), failed (ours or Ollama's) or
     interrupted (the process died asking). text is what came, undecodable bytes as \\xNN; null if too large to read, or
-    if LOG_TEXT says so. text_sha256 is the sha256 of its bytes, with LOG_TEXT=hash an HMAC-SHA256.
+    if LOG_TEXT says so. text_sha256 is the sha256 of its bytes, with LOG_TEXT=hash an HMAC-SHA256; text_key the first
+    quarter of it, which tells texts apart in an index a quarter the size.
     """
 
     __tablename__ = "requests"
@@ -64,6 +66,7 @@ class Request(Base):
     process: Mapped[str | None]
     text: Mapped[str | None]
     text_sha256: Mapped[str | None]
+    text_key: Mapped[str | None]
     label: Mapped[str | None]
     p_hate: Mapped[float | None]
     p_neutral: Mapped[float | None]
@@ -186,7 +189,7 @@ class Store:
     def received(self, body: bytes | None, model: str, *, route: str | None = None, api_key: str | None = None) -> str:
         """Commit that a request came, and return its id. body: None where it was not read."""
         kept = None if body is None or self.log_text != "full" else body.decode("utf-8", "backslashreplace")
-        request_id = uuid.uuid4().hex
+        request_id, sha256 = uuid.uuid4().hex, self._hash(body)
         row = {
             "id": request_id,
             "received_at": _now(),
@@ -196,7 +199,8 @@ class Store:
             "process": self.process,
             # PostgreSQL's text holds no NUL; such a body is refused, and its row is spelled out.
             "text": kept and kept.replace("\0", r"\x00"),
-            "text_sha256": self._hash(body),
+            "text_sha256": sha256,
+            "text_key": sha256 and sha256[:KEY_LENGTH],
             "model": model,
             "prompt_version": task.PROMPT_VERSION,
         }

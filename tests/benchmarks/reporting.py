@@ -55,7 +55,7 @@ def fill(store: Store, n_rows: int) -> None:
             }
             counts.update(tallies_of(**tallied))
             named = zip(("p_hate", "p_neutral", "p_supportive"), probabilities, strict=True)
-            asked = {"id": f"{rng.integers(2**62):032x}", "text": texts[which], "text_sha256": f"{which:064x}"}
+            asked = {"id": f"{rng.integers(2**62):032x}", "text": texts[which], "text_key": f"{which:016x}"}
             known = {"model": "hatespeech", "prompt_version": task.PROMPT_VERSION, "http_status": 200}
             rows.append(tallied | dict(named) | asked | known | {"confidence": max(probabilities)})
         with store.engine.begin() as connection:

@@ -34,6 +34,7 @@ POSTGRESQL = ("CREATE INDEX request_texts ON requests USING gin (to_tsvector('si
 def upgrade() -> None:
     connection = op.get_bind()
     op.add_column("requests", sa.Column("confidence", sa.Float))
+    op.add_column("requests", sa.Column("text_key", sa.String))
     tallies = op.create_table(
         "tallies",
         sa.Column("hour", sa.DateTime, primary_key=True),
@@ -45,7 +46,8 @@ def upgrade() -> None:
     highest = "max" if connection.dialect.name == "sqlite" else "greatest"
     op.execute(f"UPDATE requests SET confidence = {highest}(p_hate, p_neutral, p_supportive) WHERE label IS NOT NULL")
     op.create_index("ix_requests_confidence", "requests", ["confidence", "id"])
-    op.create_index("ix_requests_repeated", "requests", [sa.text("substr(text_sha256, 1, 32)"), "received_at"])
+    op.execute("UPDATE requests SET text_key = substr(text_sha256, 1, 16)")
+    op.create_index("ix_requests_repeated", "requests", ["text_key", "received_at"])
     names = ("received_at", "status", "model_digest", "label", "abstain", "score", "duration_ms")
     columns = (sa.column("received_at", sa.DateTime), *map(sa.column, names[1:]))
     finished = sa.select(*columns).select_from(sa.table("requests")).where(sa.column("status") != "received")
@@ -67,4 +69,5 @@ def downgrade() -> None:
     for name in ("ix_requests_confidence", "ix_requests_repeated"):
         op.drop_index(name, "requests")
     op.drop_table("tallies")
+    op.drop_column("requests", "text_key")
     op.drop_column("requests", "confidence")
