@@ -11,12 +11,14 @@ from concurrent.futures import ThreadPoolExecutor
 import pandas as pd
 import pytest
 import requests
+import yaml
 
+import app
 from hatespeech import ollama
 from hatespeech.hosts import LEFT_OUT_S, Hosts
 from hatespeech.ollama import BadAnswer, Ollama, OllamaError
 from hatespeech.store import ANSWERED, Store
-from tests.conftest import RUN, free_port
+from tests.conftest import ROOT, RUN, free_port
 from tests.test_data import GOLD
 from tests.test_service import start  # noqa: F401  the fixture
 
@@ -143,3 +145,14 @@ def test_two_apps_two_ollamas_one_postgresql_and_a_kill(start, run, database_url
     assert {row.status for row in rows} == {ANSWERED}
     servers[1].kill()
     servers[0].kill()
+
+
+def test_the_compose_file_names_settings_and_models_that_exist():
+    compose = yaml.safe_load((ROOT / ".compose.yaml").read_text())["services"]
+    assert set(compose["app"]["environment"]) <= set(app.DEFAULTS)
+    hosts = [host.partition(":")[0] for host in compose["app"]["environment"]["OLLAMA_HOSTS"].split(",")]
+    assert all(host in compose for host in hosts)
+    for model in (compose["model-1"], compose["model-2"]):
+        assert model["entrypoint"][2] == ollama.model_name(RUN)
+        assert (ROOT / model["volumes"][0].partition(":")[0]) == RUN
+    assert compose["proxy"]["ports"] == ["127.0.0.1:5000:80"]  # loopback, unless told otherwise
