@@ -67,8 +67,9 @@ def repeated(store: Store, span: Span, limit: int = 10) -> list[dict]:
 
 def agreement(store: Store, span: Span) -> tuple[int, int]:
     """Of the answers that people said something of: on how many they agree, and how many these are."""
-    with_feedback = select(Feedback.request_id).distinct()
-    rows = select(Request.label, SAID.label("said")).where(Request.status == ANSWERED, Request.id.in_(with_feedback))
+    newest = select(func.max(Feedback.id)).group_by(Feedback.request_id)
+    rows = select(Request.label, _SAID.label("said")).select_from(Feedback).join(Request)
+    rows = rows.where(Feedback.id.in_(newest), Request.status == ANSWERED)
     rows = rows.where(Request.received_at >= span.since, Request.received_at < span.until)
     if span.model_digest:
         rows = rows.where(Request.model_digest == span.model_digest)
