@@ -8,7 +8,7 @@ from sqlalchemy import Select, case, cast, func, select, text, tuple_
 from sqlalchemy.types import String
 
 from hatespeech import task
-from hatespeech.store import ANSWERED, Feedback, Request, Store, Tally
+from hatespeech.store import Feedback, Request, Store, Tally
 
 # The newest feedback on a request, as a label; of a score alone, its class; null where there is none or it was undone.
 _SAID = case(
@@ -48,13 +48,16 @@ def tallies(store: Store, span: Span, by: str) -> list[tuple[datetime, str, str,
         return [(datetime.fromisoformat(str(first)), *rest) for first, *rest in session.execute(asked)]
 
 
+def _within(span: Span) -> tuple:
+    """Conditions on the time. Not on the bare column: SQLite would begin with all rows of the time, by their index."""
+    received_at = func.coalesce(Request.received_at, Request.received_at)
+    return received_at >= span.since, received_at < span.until
+
+
 def repeated(store: Store, span: Span, limit: int = 10) -> list[dict]:
     """The texts that came most often, of whichever model: {"id", "n", "label", "text"}, the newest of each."""
     asked = select(Request.text_key, func.count().label("n"), func.max(Request.received_at))
-    # Not the bare column: SQLite would take the index of the times, and sort.
-    received_at = func.coalesce(Request.received_at, Request.received_at)
-    asked = asked.where(received_at >= span.since, received_at < span.until)
-    asked = asked.where(Request.text_key.is_not(None)).group_by(Request.text_key)
+    asked = asked.where(*_within(span), Request.text_key.is_not(None)).group_by(Request.text_key)
     asked = asked.having(func.count() > 1).order_by(func.count().desc(), Request.text_key).limit(limit)
     found = []
     with store.reading() as session:
@@ -69,8 +72,7 @@ def agreement(store: Store, span: Span) -> tuple[int, int]:
     """Of the answers that people said something of: on how many they agree, and how many these are."""
     newest = select(func.max(Feedback.id)).group_by(Feedback.request_id)
     rows = select(Request.label, _SAID.label("said")).select_from(Feedback).join(Request)
-    rows = rows.where(Feedback.id.in_(newest), Request.status == ANSWERED)
-    rows = rows.where(Request.received_at >= span.since, Request.received_at < span.until)
+    rows = rows.where(Feedback.id.in_(newest), Request.label.is_not(None), *_within(span))
     if span.model_digest:
         rows = rows.where(Request.model_digest == span.model_digest)
     rows = rows.subquery()

@@ -3,9 +3,9 @@
     python -m tests.benchmarks.reporting                # minutes, 2 GB of disk; writes results/benchmarks/ too
     python -m tests.benchmarks.reporting --rows 2000    # prints only
 
-Rows are made: texts of silver.csv, 30 days, two models, random answers, feedback on one in 200. Each figure is the median of five calls.
-`from_rows` is what a report would do without counts by hour: the same labels, latencies and scores, grouped by SQL over
-the rows; `ratio` is that against the whole report.
+Rows are made: texts of silver.csv, 30 days, two models, random answers, feedback on one in 200. Each figure is the
+median of five calls. `from_rows` is what a report would do without counts by hour: the same labels, latencies and
+scores, grouped by SQL over the rows; `ratio` is that against the whole report.
 """
 
 import argparse
