@@ -141,7 +141,7 @@ def main(settings: Settings) -> None:
         if rank:
             return
         describe(work, settings, splits, counts, classifier, training)
-        evaluation.save_predictions(work / evaluation.PREDICTIONS, splits["test"], "test", {"zero_shot": zero_shot})
+        record_zero_shot(work, splits["test"], zero_shot)
         probabilities = {}
         for name in sorted(splits.keys() - {"train"}, key=lambda name: name != rows.calibrate_on):
             probabilities[name] = tuning.label_probabilities(classifier, prompts[name])
@@ -235,13 +235,15 @@ def record(folder: Path, splits: dict, name: str, engine: str, probabilities: np
             about = {"split": name, "engine": engine, "sha256": run["data"]["sha256"][name]}
             fitted = calibration.fit(probabilities, scores, **about)
             replace(fitted, model_sha256=origin.get("model_sha256")).save(folder / "calibration.json")
-        calibrated = calibration.cross_fit(probabilities, scores)
+        calibrated, expected = calibration.cross_fit(probabilities, scores)
     else:
-        calibrated = calibration.Calibration.load(folder / "calibration.json").apply(probabilities)
-    found = {f"{engine}_uncalibrated": probabilities, engine: calibrated}
+        fitted = calibration.Calibration.load(folder / "calibration.json")
+        calibrated, expected = fitted.apply(probabilities), fitted.expected(fitted.apply(probabilities))
+    uncalibrated = probabilities, probabilities @ np.asarray(run["class_scores"])
+    found = {f"{engine}_uncalibrated": uncalibrated, engine: (calibrated, expected)}
     metrics = json.loads(path.read_text()) if path.exists() else {}
     for classifier, predicted in found.items():
-        measured = origin | evaluation.measure(part, predicted, run["class_scores"])
+        measured = origin | evaluation.measure(part, *predicted)
         metrics.setdefault(name, {})[classifier] = measured
     if name == "test":
         set_beside(folder, splits, metrics, engine, found, run["class_scores"])
@@ -249,30 +251,36 @@ def record(folder: Path, splits: dict, name: str, engine: str, probabilities: np
     if name == "test":
         title = f"{folder.name.removesuffix('.incomplete')}: {len(part)} test comments, {engine}"
         (folder / "report.txt").write_text(evaluation.report(part, calibrated))
-        pictures.draw_all(folder, title, part, probabilities, calibrated, run["class_scores"])
+        pictures.draw_all(folder, title, part, probabilities, calibrated, expected)
         (folder / "README.md").write_text(card.model_card(folder, run, metrics, engine))
+
+
+def record_zero_shot(folder: Path, test: pd.DataFrame, probabilities: np.ndarray) -> None:
+    """Keep what the base predicted before training."""
+    expected = probabilities @ np.asarray(export.read_settings(folder)["class_scores"])
+    evaluation.save_predictions(folder / evaluation.PREDICTIONS, test, "test", {"zero_shot": (probabilities, expected)})
 
 
 def set_beside(folder: Path, splits: dict, metrics: dict, engine: str, found: dict, class_scores: list[float]) -> None:
     """Add what ours are to be seen beside: baselines on the same comments, the differences to the best of
     them (by macro F1), error rates by group, the annotators' own vote, the reference's leaky protocol.
 
-    found: our probabilities by classifier. All go to predictions.csv, which also keeps the zero-shot ones of before
-    training.
+    found: what ours predict. All goes to predictions.csv, which also keeps what the base predicted before training.
     """
-    test, path, baselines = splits["test"], folder / evaluation.PREDICTIONS, {}
-    if "tfidf_logistic_regression" not in evaluation.load_predictions(folder, missing_ok=True):
-        evaluation.save_predictions(path, test, "test", evaluation.baselines(splits["train"], test))
+    test, path, others = splits["test"], folder / evaluation.PREDICTIONS, {}
+    if "tfidf_calibrated" not in evaluation.load_predictions(folder, missing_ok=True):
+        beside = evaluation.baselines(splits["train"], test, splits.get("validation"), class_scores)
+        evaluation.save_predictions(path, test, "test", beside)
     evaluation.save_predictions(path, test, "test", found)
     for name, predicted in evaluation.load_predictions(folder).items():
-        if name in ("majority_class", "tfidf_logistic_regression", "zero_shot"):
-            baselines[name] = evaluation.probabilities_of(predicted)
+        if not name.startswith(("torch", "as_served")):
+            others[name] = evaluation.predicted_of(predicted)
             if name not in metrics["test"]:
-                metrics["test"][name] = evaluation.measure(test, baselines[name], class_scores)
-    best = max(baselines, key=lambda name: metrics["test"][name]["macro_f1"]["value"])
-    compared = evaluation.compare(test, found[engine], baselines[best], class_scores)
+                metrics["test"][name] = evaluation.measure(test, *others[name])
+    best = max(others, key=lambda name: metrics["test"][name]["macro_f1"]["value"])
+    compared = evaluation.compare(test, found[engine], others[best])
     metrics.setdefault("test_differences", {})[engine] = {"baseline": best, "metrics": compared}
-    metrics.setdefault("test_groups", {})[engine] = evaluation.groups(test, found[engine])
+    metrics.setdefault("test_groups", {})[engine] = evaluation.groups(test, found[engine][0])
     metrics["annotators_vote"] = evaluation.vote(test)
     if "tfidf_by_row_leaky" not in metrics:
         metrics["tfidf_by_row_leaky"] = evaluation.by_row(pd.concat([splits["train"], test]), class_scores)
@@ -339,12 +347,13 @@ def evaluate(folder: Path, settings: Settings) -> None:
             tokenizer = tuning.load_tokenizer(trained.model)
             base = tuning.load(trained.model, tokenizer, rank=1, alpha=1, seed=0)
             untrained = tuning.label_probabilities(base, tuning.encode(tokenizer, test["text"].tolist()))
-            evaluation.save_predictions(folder / evaluation.PREDICTIONS, test, "test", {"zero_shot": untrained})
+            record_zero_shot(folder, test, untrained)
         record(folder, splits, "test", engine, probabilities, **origin)
         print((folder / "report.txt").read_text())
         return
-    calibrated = calibration.Calibration.load(folder / "calibration.json").apply(probabilities)
-    measured = {engine: evaluation.measure(test, calibrated, run["class_scores"])}
+    fitted = calibration.Calibration.load(folder / "calibration.json")
+    calibrated = fitted.apply(probabilities)
+    measured = {engine: evaluation.measure(test, calibrated, fitted.expected(calibrated))}
     rows = evaluation.groups(test, calibrated)
     print(evaluation.report(test, calibrated), evaluation.table(measured), evaluation.groups_table(rows), sep="\n\n")
     path = folder / "evaluations" / f"{Path(other).stem}.json"

@@ -1,8 +1,8 @@
-"""Temperature and class biases: fitted in training, applied in serving, where numpy is all it takes.
+"""Temperature, class biases and score mapping: fitted in training, applied in serving, where numpy is all it takes.
 
 A model learns the class shares of its training comments, and its probabilities are surer than it is right. Both are
 mended after training with three numbers (temperature scaling: Guo et al. 2017; with biases, "bias-corrected temperature
-scaling": Alexandari et al. 2020), which never change the model.
+scaling": Alexandari et al. 2020), which never change the model. The expected score is linear in the probabilities.
 """
 
 import hashlib
@@ -20,7 +20,8 @@ from hatespeech import task
 class Calibration:
     """softmax(log(probabilities) / temperature + biases), and what follows from them.
 
-    class_scores: the mean score of each class; an answer's expected score is their mean, weighted by its probabilities.
+    class_scores: an answer's expected score is their mean, weighted by its probabilities. Not the classes' mean scores,
+    which would draw every expectation to the middle, but those that come nearest to the true scores (least squares).
     abstain_below: the confidence (the highest probability) under which a person should look.
     model_sha256: of the GGUF it was fitted for; for another model it means nothing.
     fitted_on: which comments, for the reader.
@@ -36,6 +37,10 @@ class Calibration:
     def apply(self, probabilities: np.ndarray | Sequence[float]) -> np.ndarray:
         """Calibrated probabilities, of the shape given: (3,) or (n, 3), in task.LABELS' order."""
         return _softmax(_log(probabilities) / self.temperature + np.asarray(self.biases))
+
+    def expected(self, probabilities: np.ndarray) -> np.ndarray:
+        """(n,) expected scores of (n, 3) calibrated probabilities."""
+        return np.asarray(probabilities) @ np.asarray(self.class_scores)
 
     @property
     def version(self) -> str:
@@ -65,25 +70,38 @@ def fit(probabilities: np.ndarray, scores: Sequence[float], **fitted_on) -> Cali
     scores = np.asarray(scores)
     truth = _numbers(scores)
     temperature, biases = _likeliest(probabilities, truth)
-    confidence = _softmax(_log(probabilities) / temperature + biases).max(axis=1)
+    calibrated = _softmax(_log(probabilities) / temperature + biases)
     return Calibration(
         temperature=round(temperature, 4),
         biases=tuple(np.round(biases, 4).tolist()),
-        class_scores=tuple(round(float(scores[truth == k].mean()), 4) for k in range(len(task.LABELS))),
-        abstain_below=round(float(np.quantile(confidence, 1 - COVERAGE)), 4),
+        class_scores=tuple(np.round(_nearest(calibrated, scores), 4).tolist()),
+        abstain_below=round(float(np.quantile(calibrated.max(axis=1), 1 - COVERAGE)), 4),
         fitted_on=fitted_on | {"comments": len(truth)},
     )
 
 
-def cross_fit(probabilities: np.ndarray, scores: Sequence[float], folds: int = 10, seed: int = 0) -> np.ndarray:
-    """Calibrated probabilities, each by numbers fitted on the other folds: what may be reported as measured where
-    calibration and evaluation share their comments."""
-    truth, calibrated = _numbers(scores), np.empty_like(probabilities, dtype=float)
+def cross_fit(
+    probabilities: np.ndarray, scores: Sequence[float], folds: int = 10, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Calibrated probabilities (n, 3) and expected scores (n,), each by numbers fitted on the other folds: what may be
+    reported as measured where calibration and evaluation share their comments."""
+    scores = np.asarray(scores, dtype=float)
+    truth, calibrated, expected = _numbers(scores), np.empty_like(probabilities, dtype=float), np.empty(len(scores))
     for fold in np.array_split(np.random.default_rng(seed).permutation(len(truth)), min(folds, len(truth))):
         others = np.setdiff1d(np.arange(len(truth)), fold)
         temperature, biases = _likeliest(probabilities[others], truth[others])
-        calibrated[fold] = _softmax(_log(probabilities[fold]) / temperature + biases)
-    return calibrated
+        every = _softmax(_log(probabilities) / temperature + biases)
+        calibrated[fold] = every[fold]
+        expected[fold] = every[fold] @ _nearest(every[others], scores[others])
+    return calibrated, expected
+
+
+def _nearest(calibrated: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """(3,) the class_scores of least squares, with a weak pull, worth ten comments, towards the classes' means."""
+    truth = _numbers(scores)
+    means = np.array([scores[truth == k].mean() if (truth == k).any() else 0.0 for k in range(len(task.LABELS))])
+    pull = 10.0 * np.eye(len(means))
+    return np.linalg.solve(calibrated.T @ calibrated + pull, calibrated.T @ scores + pull @ means)
 
 
 def _likeliest(probabilities: np.ndarray, truth: np.ndarray) -> tuple[float, np.ndarray]:

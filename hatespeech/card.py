@@ -34,8 +34,9 @@ that share no text with them. Each figure with its 95 % bootstrap interval over 
 {evaluation.table(metrics["test"])}
 
 `torch` is the model as trained, `as_served` the exported GGUF through Ollama, both calibrated on {calibrated_on};
-`zero_shot` is the base untrained. pearson_r is that of the expected score with the true one. metrics.json has all of
-it, predictions.csv every comment's; settings.json has the versions, the commit and the data's sha256.
+`zero_shot` is the base untrained; `tfidf_calibrated` is TF-IDF with logistic regression, calibrated the same way.
+pearson_r is that of the expected score with the true one. metrics.json has all of it, predictions.csv every comment's;
+settings.json has the versions, the commit and the data's sha256.
 
 **Is it better than {versus["baseline"]}?** A paired bootstrap of the differences:
 

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import trange
 
-from hatespeech import UserError, export, task
+from hatespeech import UserError, calibration, task
 
 N_BOOTSTRAP = 1000
 N_BINS = 10  # of confidence, for the expected calibration error
@@ -26,16 +26,16 @@ MIN_GROUP = 20
 HATE = task.LABELS.index("Hate")
 
 
-def measure(frame: pd.DataFrame, probabilities: np.ndarray, class_scores: Sequence[float]) -> dict:
+def measure(frame: pd.DataFrame, probabilities: np.ndarray, expected: np.ndarray) -> dict:
     """Metrics over comments: {"n": n, metric: {"value", "low", "high"}}.
 
-    frame: columns label and score. probabilities: (n, 3) in task.LABELS' order. class_scores: the mean score of each
-    class; the expected score is their mean, weighted by the probabilities. precision, recall and f1 are as
-    scikit-learn defines them, the averages over the three classes; roc_auc_hate and average_precision_hate are of
-    P(Hate) against the rest; expected_calibration_error is of the label's confidence in ten bins of equal width (Guo
-    et al. 2017); brier_score is summed over the classes; accuracy_at_80_coverage is that of the surest four in five.
+    frame: columns label and score. probabilities: (n, 3) in task.LABELS' order. expected: (n,) expected scores.
+    precision, recall and f1 are as scikit-learn defines them, the averages over the three classes; roc_auc_hate and
+    average_precision_hate are of P(Hate) against the rest; expected_calibration_error is of the label's confidence in
+    ten bins of equal width (Guo et al. 2017); brier_score is summed over the classes; accuracy_at_80_coverage is that
+    of the surest four in five.
     """
-    columns = _columns(frame, probabilities, class_scores)
+    columns = _columns(frame, probabilities, expected)
     points = pd.DataFrame([_point(*(column[rows] for column in columns)) for rows in _resamples(len(frame))])
     low, high = points[1:].quantile(0.025), points[1:].quantile(0.975)
     return {"n": len(frame)} | {
@@ -44,14 +44,18 @@ def measure(frame: pd.DataFrame, probabilities: np.ndarray, class_scores: Sequen
     }
 
 
-def compare(frame: pd.DataFrame, ours: np.ndarray, theirs: np.ndarray, class_scores: Sequence[float]) -> dict:
+# (n, 3) probabilities and (n,) expected scores.
+Predicted = tuple[np.ndarray, np.ndarray]
+
+
+def compare(frame: pd.DataFrame, ours: Predicted, theirs: Predicted) -> dict:
     """Paired bootstrap: ours less theirs on the same comments, {metric: {"difference", "low", "high", "p"}}.
 
     p: two-sided, of no difference (twice the share of samples on the rarer side of 0).
     """
     points = [
         pd.DataFrame([_point(*(column[rows] for column in columns)) for rows in _resamples(len(frame))])[[*COMPARED]]
-        for columns in (_columns(frame, each, class_scores) for each in (ours, theirs))
+        for columns in (_columns(frame, *each) for each in (ours, theirs))
     ]
     differences, result = points[0] - points[1], {}
     for name in COMPARED:
@@ -66,10 +70,10 @@ def compare(frame: pd.DataFrame, ours: np.ndarray, theirs: np.ndarray, class_sco
     return result
 
 
-def _columns(frame: pd.DataFrame, probabilities: np.ndarray, class_scores: Sequence[float]) -> list[np.ndarray]:
+def _columns(frame: pd.DataFrame, probabilities: np.ndarray, expected: np.ndarray) -> list[np.ndarray]:
     """What _point takes: (n,) truth, (n,) scores, (n, 3) probabilities, (n,) expected scores."""
-    expected = np.asarray(probabilities) @ np.asarray(class_scores)
-    return [numbers(frame["label"]), frame["score"].to_numpy(dtype=float), np.asarray(probabilities), expected]
+    truth, scores = numbers(frame["label"]), frame["score"].to_numpy(dtype=float)
+    return [truth, scores, np.asarray(probabilities), np.asarray(expected)]
 
 
 def _resamples(n: int) -> Iterator[np.ndarray]:
@@ -164,11 +168,26 @@ def gaps(rows: list[dict]) -> list[str]:
     return found
 
 
-def baselines(train: pd.DataFrame, test: pd.DataFrame) -> dict[str, np.ndarray]:
-    """What needs no LLM, fitted on the same training comments: (n, 3) probabilities of the test comments, by name."""
+def baselines(
+    train: pd.DataFrame, test: pd.DataFrame, validation: pd.DataFrame | None, class_scores: Sequence[float]
+) -> dict[str, Predicted]:
+    """What needs no LLM, fitted on the same training comments, for the test comments.
+
+    tfidf_calibrated went through the same calibration as the model, or the comparison would be unfair: on validation
+    comments, or without any cross-fitted on the test's. class_scores: (3,) the mean training score of each class.
+    """
     majority = np.zeros((len(test), 3))
     majority[:, np.bincount(numbers(train["label"]), minlength=3).argmax()] = 1
-    return {"majority_class": majority, "tfidf_logistic_regression": _tfidf(train, test)}
+    tfidf = _tfidf(train, test)
+    if validation is not None:
+        fitted = calibration.fit(_tfidf(train, validation), validation["score"])
+        calibrated = fitted.apply(tfidf), fitted.expected(fitted.apply(tfidf))
+    else:
+        calibrated = calibration.cross_fit(tfidf, test["score"])
+    plain = {"majority_class": majority, "tfidf_logistic_regression": tfidf}
+    return {name: (each, each @ np.asarray(class_scores)) for name, each in plain.items()} | {
+        "tfidf_calibrated": calibrated
+    }
 
 
 def by_row(frame: pd.DataFrame, class_scores: Sequence[float]) -> dict:
@@ -180,7 +199,9 @@ def by_row(frame: pd.DataFrame, class_scores: Sequence[float]) -> dict:
     rows = frame.iloc[np.repeat(np.arange(len(frame)), frame["n_annotations"])].sample(frac=1, random_state=0)
     train, test = rows[len(rows) // 5 :], rows[: len(rows) // 5][:5000]
     seen = test["comment_id"].isin(train["comment_id"]).mean()
-    return {"test_rows_seen_in_training": _rounded(seen)} | measure(test, _tfidf(train, test), class_scores)
+    probabilities = _tfidf(train, test)
+    measured = measure(test, probabilities, probabilities @ np.asarray(class_scores))
+    return {"test_rows_seen_in_training": _rounded(seen)} | measured
 
 
 def vote(frame: pd.DataFrame) -> dict | None:
@@ -262,12 +283,12 @@ def groups_table(rows: list[dict]) -> str:
 PREDICTIONS = "predictions.csv"
 
 
-def save_predictions(path: Path, frame: pd.DataFrame, split: str, by_classifier: dict[str, np.ndarray]) -> None:
-    """Add classifiers' probabilities, comment by comment and without texts, to a run's predictions.csv."""
+def save_predictions(path: Path, frame: pd.DataFrame, split: str, by_classifier: dict[str, Predicted]) -> None:
+    """Add what classifiers predict, comment by comment and without texts, to a run's predictions.csv."""
     stored = pd.read_csv(path, dtype={"comment_id": str}) if path.exists() else None
     added = []
-    for name, probabilities in by_classifier.items():
-        rows = frame[["comment_id", "score", "label"]].assign(split=split, classifier=name)
+    for name, (probabilities, expected) in by_classifier.items():
+        rows = frame[["comment_id", "score", "label"]].assign(split=split, classifier=name, expected_score=expected)
         added.append(rows.assign(**{f"p_{label.lower()}": probabilities[:, k] for k, label in enumerate(task.LABELS)}))
     if stored is not None:
         again = (stored["split"] == split) & stored["classifier"].isin(by_classifier)
@@ -276,7 +297,8 @@ def save_predictions(path: Path, frame: pd.DataFrame, split: str, by_classifier:
 
 
 def load_predictions(run: Path, split: str = "test", missing_ok: bool = False) -> dict[str, pd.DataFrame]:
-    """A split's predictions by classifier: frames with comment_id, score, label, p_hate, p_neutral, p_supportive."""
+    """A split's predictions by classifier: frames with comment_id, score, label, expected_score, p_hate, p_neutral,
+    p_supportive."""
     path = run / PREDICTIONS
     if not path.exists():
         if missing_ok:
@@ -287,9 +309,9 @@ def load_predictions(run: Path, split: str = "test", missing_ok: bool = False) -
     return {name: part.reset_index(drop=True) for name, part in stored.groupby("classifier", sort=False)}
 
 
-def probabilities_of(frame: pd.DataFrame) -> np.ndarray:
-    """(n, 3) of a frame of load_predictions."""
-    return frame[[f"p_{label.lower()}" for label in task.LABELS]].to_numpy()
+def predicted_of(frame: pd.DataFrame) -> Predicted:
+    """What a frame of load_predictions holds."""
+    return frame[[f"p_{label.lower()}" for label in task.LABELS]].to_numpy(), frame["expected_score"].to_numpy()
 
 
 def compare_runs(first: Path, second: Path) -> str:
@@ -303,9 +325,7 @@ def compare_runs(first: Path, second: Path) -> str:
     if not len(shared):
         raise UserError(f"{first} and {second} share no test comment")
     ours, theirs = ours.loc[shared], theirs.loc[shared]
-    compared = compare(
-        ours, probabilities_of(theirs), probabilities_of(ours), export.read_settings(first)["class_scores"]
-    )
+    compared = compare(ours, predicted_of(theirs), predicted_of(ours))
     return f"{second} less {first}, {engine}, {len(shared)} test comments:\n\n{comparison_table(compared)}"
 
 

@@ -28,14 +28,16 @@ def _axes(path: Path, title: str, size: tuple[float, float] = (4.8, 4.2)) -> Ite
     plt.close(figure)
 
 
-def draw_all(folder: Path, title: str, frame: pd.DataFrame, before: np.ndarray, after: np.ndarray, scores) -> None:
+def draw_all(
+    folder: Path, title: str, frame: pd.DataFrame, before: np.ndarray, after: np.ndarray, expected: np.ndarray
+) -> None:
     """All pictures of the test comments. before, after: (n, 3) probabilities, uncalibrated and calibrated.
 
-    frame: comments with label, score, text, agreement and targets. scores: (3,) the classes' mean scores.
+    frame: comments with label, score, text, agreement and targets. expected: (n,) expected scores.
     """
     confusion(frame, after, title, folder / "confusion_matrix.png")
     reliability(frame, before, after, title, folder / "reliability.png")
-    scatter(frame, after @ np.asarray(scores), title, folder / "scores.png")
+    scatter(frame, expected, title, folder / "scores.png")
     coverage(frame, after, title, folder / "coverage.png")
     error_rates(evaluation.groups(frame, after), title, folder / "groups.png")
     if (curve := folder / "learning_curve.csv").exists():

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hatespeech import export, queries, task
-from hatespeech.calibration import Calibration
+from hatespeech import queries, task
 from hatespeech.queries import Span
 from hatespeech.store import LATENCY_BINS, SCORE_BINS, Store
 
@@ -34,9 +33,7 @@ def load_reference(run: Path) -> dict | None:
     classifier = "as_served" if "as_served" in names else "torch"
     rows = table[(table["classifier"] == classifier) & (table["split"] == "test")]
     probabilities = np.stack([rows[f"p_{label.lower()}"] for label in task.LABELS], axis=1)
-    stored = run / "calibration.json"
-    scores = Calibration.load(stored).class_scores if stored.exists() else export.read_settings(run)["class_scores"]
-    bins = np.floor(probabilities @ np.asarray(scores) * SCORE_BINS).astype(int)
+    bins = np.floor(rows["expected_score"] * SCORE_BINS).astype(int)
     labels = Counter(task.LABELS[k] for k in probabilities.argmax(axis=1))
     return {"comments": len(rows), "classifier": classifier, "labels": labels, "bins": Counter(bins.tolist())}
 

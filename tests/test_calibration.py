@@ -22,20 +22,37 @@ def test_fit_finds_the_distortion():
     assert calibration.temperature == pytest.approx(2.0, abs=0.1)
     assert calibration.biases == pytest.approx((0.8, 0.0, -0.8), abs=0.1)
     assert np.abs(calibration.apply(distorted) - true).max() < 0.05
-    assert calibration.class_scores == SCORES
+    assert calibration.class_scores == pytest.approx(SCORES, abs=0.05)  # each score is its class's, exactly
     confident = calibration.apply(distorted).max(axis=1) >= calibration.abstain_below
     assert confident.mean() == pytest.approx(COVERAGE, abs=0.01)
 
 
 def test_cross_fitting_uses_no_comments_own_label():
     probabilities, scores, _ = draw(60, 1)
-    calibrated = cross_fit(probabilities, scores)
+    calibrated, expected = cross_fit(probabilities, scores)
     for i in (0, 17, 59):
         flipped = scores.copy()
         flipped[i] = SCORES[SCORES.index(scores[i]) - 1]
-        changed = cross_fit(probabilities, flipped)
+        changed, others = cross_fit(probabilities, flipped)
         assert changed[i].tolist() == calibrated[i].tolist()
+        assert others[i] == expected[i]
+        assert not np.array_equal(others, expected)
         assert not np.array_equal(changed, calibrated)  # while others' calibrations did see it
+
+
+def test_expected_scores_come_nearer_than_those_of_the_class_means():
+    """Where a class holds scores far apart, and the probabilities tell them apart, by least squares."""
+    rng = np.random.default_rng(2)
+    scores = rng.uniform(-4, 3, 3000)
+    logits = np.stack([scores, -np.abs(scores + 0.25), -scores - 0.5], axis=1) / 2
+    probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    calibration = fit(probabilities, scores)
+    truth = np.select([scores > 0.5, scores < -1], [0, 2], 1)
+    means = np.array([scores[truth == k].mean() for k in range(3)])
+    calibrated = calibration.apply(probabilities)
+    ours, by_means = calibration.expected(calibrated), calibrated @ means
+    assert np.square(ours - scores).mean() < np.square(by_means - scores).mean()
+    assert ours.mean() == pytest.approx(scores.mean(), abs=0.02)
 
 
 def test_a_perfect_model_stays_finite():

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 import train
-from hatespeech import UserError, calibration, data, evaluation, export, task, tuning
+from hatespeech import UserError, calibration, data, evaluation, export, tuning
 
 ROOT = Path(train.__file__).parent
 BASE = ROOT / ".cache" / "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -73,9 +73,7 @@ def measure(
         weight.data.copy_(total / orders_averaged)
     validation = splits["validation"]
     probabilities = tuning.label_probabilities(classifier, tuning.encode(tokenizer, validation["text"].tolist()))
-    calibrated = calibration.cross_fit(probabilities, validation["score"])
-    class_scores = [rows.loc[rows["label"] == label, "score"].mean() for label in task.LABELS]
-    found = evaluation.measure(validation, calibrated, class_scores)
+    found = evaluation.measure(validation, *calibration.cross_fit(probabilities, validation["score"]))
     settings = asdict(learning) | {"at_least_raters": at_least_raters, "comments": len(rows), "steps": steps}
     settings.pop("max_steps")
     reached = {name: found[name]["value"] for name in SHOWN}
