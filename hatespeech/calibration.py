@@ -21,7 +21,8 @@ class Calibration:
     """softmax(log(probabilities) / temperature + biases), and what follows from them.
 
     class_scores: an answer's expected score is their mean, weighted by its probabilities. Not the classes' mean scores,
-    which would draw every expectation to the middle, but those that come nearest to the true scores (least squares).
+    which would draw every expectation to the middle, but those that come nearest to the true scores (least squares,
+    each within its class).
     abstain_below: the confidence (the highest probability) under which a person should look.
     model_sha256: of the GGUF it was fitted for; for another model it means nothing.
     fitted_on: which comments, for the reader.
@@ -97,11 +98,15 @@ def cross_fit(
 
 
 def _nearest(calibrated: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """(3,) the class_scores of least squares, with a weak pull, worth ten comments, towards the classes' means."""
-    truth = _numbers(scores)
-    means = np.array([scores[truth == k].mean() if (truth == k).any() else 0.0 for k in range(len(task.LABELS))])
-    pull = 10.0 * np.eye(len(means))
-    return np.linalg.solve(calibrated.T @ calibrated + pull, calibrated.T @ scores + pull @ means)
+    """(3,) the class_scores of least squares, each within its class, so that a sure answer's score is of its label."""
+    from scipy.optimize import lsq_linear
+
+    low = [task.HATE_ABOVE, task.SUPPORTIVE_BELOW, -np.inf]
+    high = [np.inf, task.HATE_ABOVE, task.SUPPORTIVE_BELOW]
+    # A weak pull, worth ten comments, towards the classes' means keeps them finite where a class is missing.
+    truth, pull = _numbers(scores), np.sqrt(10) * np.eye(3)
+    means = np.array([scores[truth == k].mean() if (truth == k).any() else 0.0 for k in range(3)])
+    return lsq_linear(np.vstack([calibrated, pull]), np.concatenate([scores, pull @ means]), (low, high)).x
 
 
 def _likeliest(probabilities: np.ndarray, truth: np.ndarray) -> tuple[float, np.ndarray]:
