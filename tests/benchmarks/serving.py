@@ -4,9 +4,9 @@
     python -m tests.benchmarks.serving --quick    # seconds, prints only
 
 Closed loop: each client sends the next gold comment when its last is answered, until all have been; both paths get the
-same comments in the same order and take turns. The load generator shares the cores with what it measures, for both
-alike. `profile` is Ollama's own account of a request's time; `settings` are rows of Ollama alone, by the
-weights' format and its environment.
+same comments in the same order and take turns with every few. The load generator shares the cores with what it
+measures, for both alike. `profile` is Ollama's own account of a request's time; `settings` are rows of Ollama alone, by
+the weights' format and its environment.
 """
 
 import argparse
@@ -36,26 +36,37 @@ from tests.conftest import ROOT, RUN, free_port
 CLIENTS = (1, 4, 16)
 
 
-def load(call: Callable[[str], None], texts: list[str], clients: int) -> dict:
-    """Requests a second and latency of so many clients, over all the texts, after a warm-up with some of them."""
-    durations_ms: list[float] = []
+def load(calls: dict[str, Callable[[str], None]], texts: list[str], clients: int) -> list[dict]:
+    """Requests a second and latency of so many clients over all the texts, a row for each path.
 
-    def timed(text: str) -> None:
+    The paths take turns with every few texts, and in who begins, so that a processor that slows down slows both.
+    """
+    durations_ms, seconds = {path: [] for path in calls}, dict.fromkeys(calls, 0.0)
+
+    def timed(path: str, text: str) -> None:
         started = time.monotonic()
-        call(text)
-        durations_ms.append((time.monotonic() - started) * 1000)
+        calls[path](text)
+        durations_ms[path].append((time.monotonic() - started) * 1000)
 
     with ThreadPoolExecutor(clients) as pool:
-        list(pool.map(timed, texts[: 2 * clients]))
-        durations_ms.clear()
-        started = time.monotonic()
-        list(pool.map(timed, texts))
-    return {
-        "clients": clients,
-        "requests_per_s": round(len(texts) / (time.monotonic() - started), 2),
-        "p50_ms": round(float(np.percentile(durations_ms, 50)), 1),
-        "p95_ms": round(float(np.percentile(durations_ms, 95)), 1),
-    }
+        for call in calls.values():
+            list(pool.map(call, texts[: 2 * clients]))
+        turn = 4 * clients
+        for number, start in enumerate(range(0, len(texts), turn)):
+            for path in list(calls) if number % 2 else reversed(calls):
+                started = time.monotonic()
+                list(pool.map(timed, [path] * turn, texts[start : start + turn]))
+                seconds[path] += time.monotonic() - started
+    return [
+        {
+            "path": path,
+            "clients": clients,
+            "requests_per_s": round(len(texts) / seconds[path], 2),
+            "p50_ms": round(float(np.percentile(durations_ms[path], 50)), 1),
+            "p95_ms": round(float(np.percentile(durations_ms[path], 95)), 1),
+        }
+        for path in calls
+    ]
 
 
 def start_app(host: str, scratch: str) -> tuple[subprocess.Popen, str, float]:
@@ -120,7 +131,8 @@ def sweep(n_texts: int) -> list[dict]:
             client = ollama.Ollama(host, "model", tokens, timeout_s=60)
             client.preload()
             for clients in (1, 4):
-                rows.append({"format": name, "environment": environment} | load(client.classify, texts, clients))
+                (row,) = load({"ollama": client.classify}, texts, clients)
+                rows.append({"format": name, "environment": environment} | row)
                 print(json.dumps(rows[-1]), flush=True)
         for variable in environment:
             del os.environ[variable]
@@ -150,9 +162,8 @@ def measure(n_texts: int) -> dict:
             paths = {"ollama": direct.classify, "app": through_app}
             rows = []
             for clients in CLIENTS:
-                for path, call in paths.items():
-                    rows.append({"path": path} | load(call, texts, clients))
-                    print(json.dumps(rows[-1]), flush=True)
+                rows += load(paths, texts, clients)
+                print(json.dumps(rows[-2:]), flush=True)
             memory = psutil.Process(process.pid)
             app_mb = sum(p.memory_info().rss for p in [memory, *memory.children()]) / 1e6
             return {
