@@ -143,7 +143,15 @@ def test_a_file_is_dropped_classified_and_downloaded(page, tmp_path):
     path = tmp_path / "comments.csv"
     path.write_text('id,comment\n1,"I hope you all\nhave a lovely day"\n2,\n3,thank you\n')
     page.goto("/file")
-    page.set_input_files("#file", path)
+    dropped = page.evaluate_handle(
+        """text => {
+            const data = new DataTransfer();
+            data.items.add(new File([text], "comments.csv"));
+            return data;
+        }""",
+        path.read_text(),
+    )
+    page.dispatch_event("form.drop", "drop", {"dataTransfer": dropped})
     page.click("text=Upload")
     page.select_option("#column", "comment")
     page.click("text=Classify")
