@@ -123,7 +123,8 @@ try:
     answer.raise_for_status()
     bar = tqdm.wrapattr(answer.raw, "read", desc="  ollama", total=int(answer.headers.get("Content-Length", 0)))
     with bar as raw, zstandard.ZstdDecompressor().stream_reader(raw) as plain, tarfile.open(fileobj=plain, mode="r|") as tar:
-        tar.extractall(target, filter="data")
+        # Debian 12's Python 3.11.2 has no filters yet.
+        tar.extractall(target, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
 except (requests.RequestException, zstandard.ZstdError, tarfile.TarError, OSError) as error:
     sys.exit(f"  not fetched ({type(error).__name__})")
 PYTHON

@@ -27,12 +27,19 @@ class Hosts:
         """Ollama.ask of the first that answers. Raises the last one's OllamaError where none does."""
         return self._first(lambda server: server.ask(text))
 
+    def digest(self) -> str:
+        """Ollama.digest of the first that answers."""
+        return self._first(Ollama.digest)
+
     def model_served(self) -> tuple[str, str]:
         """Ollama.model_served of the first that answers."""
         return self._first(Ollama.model_served)
 
     def health(self) -> dict[str, str]:
-        """`OK` or what is wrong, by the servers' URLs. Asks them all, so that one that is back is known to be."""
+        """`OK` or what is wrong, by the servers' URLs. Asks them all, so that one that is back is known to be.
+
+        Raises the last one's OllamaError where none is well.
+        """
         found = {}
         for number, server in enumerate(self.servers):
             try:
@@ -40,7 +47,9 @@ class Hosts:
                 server.model_served()
                 found[server.url], self._failed_at[number] = "OK", float("-inf")
             except OllamaError as error:
-                found[server.url], self._failed_at[number] = str(error), time.monotonic()
+                found[server.url], self._failed_at[number], last = str(error), time.monotonic(), error
+        if "OK" not in found.values():
+            raise last
         return found
 
     def _first(self, call: Callable[[Ollama], T]) -> T:

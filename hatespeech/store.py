@@ -123,7 +123,8 @@ def tallies_of(
     bins = [("outcome", label or status)]
     if label:
         bins += [("score", str(math.floor(score * SCORE_BINS)))] if score is not None else []
-        bins += [("latency", str(math.floor(math.log2(max(duration_ms, 0.01)) * LATENCY_BINS)))]
+        if duration_ms is not None:
+            bins += [("latency", str(math.floor(math.log2(max(duration_ms, 0.01)) * LATENCY_BINS)))]
         bins += [("abstained", "yes")] if abstain else []
     hour = received_at.replace(minute=0, second=0, microsecond=0)
     return sorted((hour, model_digest or "", measure, name) for measure, name in bins)

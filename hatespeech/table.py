@@ -45,7 +45,7 @@ def classify(
     key = {
         "input_sha256": export.sha256_of(source),
         "column": column,
-        "model": service.ollama.model_served()[0],
+        "model": service.ollama.digest(),
         "prompt": task.PROMPT_VERSION,
     }
     with open(journal, "a+b") as file, ThreadPoolExecutor(places) as pool:
