@@ -73,6 +73,8 @@ class Uploads:
         except UserError as error:
             raise BadRequest(str(error).replace(str(source), about["filename"])) from error
         export.write_json(place / "about.json", about)
+        if not self.state(name)["done"]:  # a journal without rows may be of a model that is served no more
+            target.with_name(target.name + ".progress").unlink(missing_ok=True)
 
         def run() -> None:
             try:
