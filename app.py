@@ -65,7 +65,7 @@ def create_app(config: dict | None = None) -> Flask:
     gate = Gate(places, int(app.config["MAX_QUEUE"]), timeout_s)
     service = Service(run, ollama, store, gate, tuple(run_settings["class_scores"]))
     reference = reporting.load_reference(run)
-    uploads = Uploads(Path(app.config["UPLOADS_DIR"]), service, places)
+    uploads = Uploads(Path(app.config["UPLOADS_DIR"]), service)
     metrics = Metrics(gate)
     access_log = logging.getLogger("hatespeech.access")
     access_log.setLevel(logging.INFO)

@@ -238,7 +238,8 @@ def record(folder: Path, splits: dict, name: str, engine: str, probabilities: np
         calibrated, expected = calibration.cross_fit(probabilities, scores)
     else:
         fitted = calibration.Calibration.load(folder / "calibration.json")
-        calibrated, expected = fitted.apply(probabilities), fitted.expected(fitted.apply(probabilities))
+        calibrated = fitted.apply(probabilities)
+        expected = fitted.expected(calibrated)
     uncalibrated = probabilities, probabilities @ np.asarray(run["class_scores"])
     found = {f"{engine}_uncalibrated": uncalibrated, engine: (calibrated, expected)}
     metrics = json.loads(path.read_text()) if path.exists() else {}

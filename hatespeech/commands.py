@@ -82,8 +82,7 @@ def register(app: Flask, store: Store, service: Service) -> None:
         """
         try:
             with tqdm(total=table.count(source, text_column), desc="classifying", unit="row") as bar:
-                places = len(service.ollama.servers) * int(app.config["MAX_IN_FLIGHT"])
-                wrong = table.classify(service, source, target, text_column, places=places, advance=bar.update)
+                wrong = table.classify(service, source, target, text_column, advance=bar.update)
         except (OllamaError, UserError) as error:
             raise click.ClickException(str(error)) from error
         for reason in wrong:

@@ -181,7 +181,8 @@ def baselines(
     tfidf = _tfidf(train, test)
     if validation is not None:
         fitted = calibration.fit(_tfidf(train, validation), validation["score"])
-        calibrated = fitted.apply(tfidf), fitted.expected(fitted.apply(tfidf))
+        probabilities = fitted.apply(tfidf)
+        calibrated = probabilities, fitted.expected(probabilities)
     else:
         calibrated = calibration.cross_fit(tfidf, test["score"])
     plain = {"majority_class": majority, "tfidf_logistic_regression": tfidf}

@@ -96,15 +96,14 @@ def register(
         shown = {"item": found[0][0], "said": found[0][1]} if found else {"item": None, "said": None}
         decided = {name: request.args.get(name, "") for name in ("last", "kept")}
         left = queries.count(store, chosen)
-        query = urlencode({name: value for name, value in request.args.items() if name in FILTERS and value})
+        query = urlencode(filter_arguments())
         return render_template("review.html", labels=task.LABELS, left=left, query=query, **decided, **shown)
 
     @pages.post("/review")
     def decide() -> Response:
         label, request_id = keep_feedback(), request.form["id"]
-        chosen = {name: value for name, value in request.args.items() if name in FILTERS and value}
         told = {} if label == "undo" else {"last": request_id, "kept": label}
-        return redirect(f"{url_for('pages.review')}?{urlencode(chosen | told)}", 303)
+        return redirect(f"{url_for('pages.review')}?{urlencode(filter_arguments() | told)}", 303)
 
     @pages.get("/review.csv")
     def export() -> Response:
@@ -170,6 +169,11 @@ def span_of(arguments) -> Span:
     if since >= until:
         raise BadRequest("since is not before until")
     return Span(since, until, arguments.get("model", ""))
+
+
+def filter_arguments() -> dict[str, str]:
+    """Of the request's URL parameters those that filter, to go on with."""
+    return {name: value for name, value in request.args.items() if name in FILTERS and value}
 
 
 def filter_of(arguments) -> Filter:

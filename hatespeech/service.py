@@ -48,7 +48,8 @@ class Gate:
 
     def __init__(self, places: int, queue: int, timeout_s: float):
         self._places, self._room = threading.Semaphore(places), threading.Semaphore(places + queue)
-        self.timeout_s, self._lock, self.inside, self.waiting = timeout_s, threading.Lock(), 0, 0
+        self.places, self.timeout_s, self._lock = places, timeout_s, threading.Lock()
+        self.inside, self.waiting = 0, 0
 
     @contextmanager
     def place(self, patient: bool = False) -> Iterator[None]:

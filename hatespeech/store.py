@@ -11,7 +11,7 @@ import os
 import secrets
 import socket
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -130,6 +130,12 @@ def tallies_of(
     return sorted((hour, model_digest or "", measure, name) for measure, name in bins)
 
 
+def tally_rows(counts: Mapping[tuple[datetime, str, str, str], int]) -> list[dict]:
+    """Rows of Tally's table, of counts by the keys of tallies_of."""
+    names = ("hour", "model_digest", "measure", "bin")
+    return [dict(zip(names, key, strict=True), n=n) for key, n in counts.items()]
+
+
 class Feedback(Base):
     """What a person says of an answer. Never overwritten: the newest counts. Neither label nor score: taken back."""
 
@@ -244,8 +250,7 @@ class Store:
             self._count(connection, tallies_of(received_at=now, **known, **tallied))
 
     def _count(self, connection, keys: Sequence[tuple[datetime, str, str, str]]) -> None:
-        names = ("hour", "model_digest", "measure", "bin")
-        connection.execute(self._tally, [dict(zip(names, key, strict=True), n=1) for key in keys])
+        connection.execute(self._tally, tally_rows(dict.fromkeys(keys, 1)))
 
     def latest(self, limit: int = 20) -> list[Request]:
         """The newest requests, newest first."""

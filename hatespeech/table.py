@@ -28,13 +28,11 @@ ADDED = (
 ROUTE = "classify"  # of these rows in the log
 
 
-def classify(
-    service: Service, source: Path, target: Path, column: str, *, places: int, advance: Callable[[int], None]
-) -> list[str]:
+def classify(service: Service, source: Path, target: Path, column: str, *, advance: Callable[[int], None]) -> list[str]:
     """Write target: source's rows and, for each, the service's answer. Returns what was wrong with rows, by line.
 
-    A row without a usable text gets its `error`, and no label. places: how many texts are asked at a time. advance is
-    told how many rows are done, those of an earlier start at once.
+    A row without a usable text gets its `error`, and no label. As many are asked at a time as the gate has places.
+    advance is told how many rows are done, those of an earlier start at once.
     Raises UserError: no such file or column, target there already, a journal of another input or model, and where
     Ollama or the log fail, which a later start goes on from.
     """
@@ -48,7 +46,7 @@ def classify(
         "model": service.ollama.digest(),
         "prompt": task.PROMPT_VERSION,
     }
-    with open(journal, "a+b") as file, ThreadPoolExecutor(places) as pool:
+    with open(journal, "a+b") as file, ThreadPoolExecutor(service.gate.places) as pool:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -74,7 +72,7 @@ def classify(
         for number, (line, text, wrong) in enumerate(read()):
             if number not in answers:
                 pending.append((number, line, pool.submit(_answer, service, text, wrong)))
-                if len(pending) > places:
+                if len(pending) > service.gate.places:
                     take()
         while pending:
             take()

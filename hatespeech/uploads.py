@@ -23,10 +23,10 @@ KINDS = (".csv", ".parquet")
 
 
 class Uploads:
-    """folder: where they are; places: how many texts of a file are asked at a time."""
+    """folder: where they are."""
 
-    def __init__(self, folder: Path, service: Service, places: int):
-        self.folder, self.service, self.places = folder, service, places
+    def __init__(self, folder: Path, service: Service):
+        self.folder, self.service = folder, service
         self._running: dict[str, threading.Thread] = {}
 
     def keep(self, sent: FileStorage) -> str:
@@ -78,7 +78,7 @@ class Uploads:
 
         def run() -> None:
             try:
-                wrong = table.classify(self.service, source, target, column, places=self.places, advance=lambda n: None)
+                wrong = table.classify(self.service, source, target, column, advance=lambda n: None)
                 found = {"wrong": wrong}
             except (UserError, OllamaError, OSError) as error:
                 found = {"error": str(error).replace(str(place) + "/", "")}

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from hatespeech import UserError, data, task
+from tests.benchmarks.full_size import made_rows
 from tests.conftest import ROOT
 
 SILVER, GOLD, UPSTREAM = (ROOT / "tests" / "data" / name for name in ("silver.csv", "gold.csv", "schema_sample.csv"))
@@ -178,13 +179,7 @@ def test_too_few_comments_of_a_class_are_named():
 @pytest.mark.slow
 def test_the_full_set_loads_in_20_s_and_2_gb(tmp_path):
     """135,556 rows over 39,565 comments, made from real texts in MHS's schema."""
-    path = tmp_path / "full.parquet"
-    silver = pd.read_csv(SILVER)
-    comments = pd.concat([silver, silver, silver])[:39_565].reset_index(drop=True)
-    comments["comment_id"] = range(len(comments))
-    comments["text"] += comments.index.astype(str)
-    full = comments.loc[comments.index.repeat(4)][:135_556].assign(hatespeech=2.0)
-    full = full.assign(**{f"target_{name}": True for name in ("race", "religion", "origin", "gender", "age")})
+    path, full = tmp_path / "full.parquet", made_rows()
     full.to_parquet(path)
     code = (
         "import resource; from hatespeech import data; from tests.conftest import *\n"

@@ -29,7 +29,7 @@ from tqdm import tqdm
 import train
 from hatespeech import export, queries, reporting, task
 from hatespeech.queries import Filter, Span
-from hatespeech.store import ANSWERED, Feedback, Request, Store, Tally, tallies_of
+from hatespeech.store import ANSWERED, Feedback, Request, Store, Tally, tallies_of, tally_rows
 from tests.conftest import RUN, postgres_server
 from tests.test_data import SILVER
 
@@ -62,11 +62,8 @@ def fill(store: Store, n_rows: int) -> None:
         with store.engine.begin() as connection:
             connection.execute(insert(Request.__table__), rows)
             connection.execute(insert(Feedback.__table__), said)
-    keys = ("hour", "model_digest", "measure", "bin")
     with store.engine.begin() as connection:
-        connection.execute(
-            insert(Tally.__table__), [dict(zip(keys, key, strict=True), n=n) for key, n in counts.items()]
-        )
+        connection.execute(insert(Tally.__table__), tally_rows(counts))
     with store.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         connection.execute(text("ANALYZE"))
 

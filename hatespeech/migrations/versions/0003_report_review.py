@@ -5,7 +5,7 @@ from collections import Counter
 import sqlalchemy as sa
 from alembic import op
 
-from hatespeech.store import tallies_of
+from hatespeech.store import tallies_of, tally_rows
 
 revision = "0003"
 down_revision = "0002"
@@ -53,8 +53,7 @@ def upgrade() -> None:
     finished = sa.select(*columns).select_from(sa.table("requests")).where(sa.column("status") != "received")
     counts = Counter(key for row in connection.execute(finished) for key in tallies_of(**row._mapping))
     if counts:
-        keys = ("hour", "model_digest", "measure", "bin")
-        connection.execute(tallies.insert(), [dict(zip(keys, key, strict=True), n=n) for key, n in counts.items()])
+        connection.execute(tallies.insert(), tally_rows(counts))
     for statement in SQLITE if connection.dialect.name == "sqlite" else POSTGRESQL:
         op.execute(statement)
 
