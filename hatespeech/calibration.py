@@ -37,7 +37,7 @@ class Calibration:
 
     def apply(self, probabilities: np.ndarray | Sequence[float]) -> np.ndarray:
         """Calibrated probabilities, of the shape given: (3,) or (n, 3), in task.LABELS' order."""
-        return _softmax(_log(probabilities) / self.temperature + np.asarray(self.biases))
+        return softmax(_log(probabilities) / self.temperature + np.asarray(self.biases))
 
     def expected(self, probabilities: np.ndarray) -> np.ndarray:
         """(n,) expected scores of (n, 3) calibrated probabilities."""
@@ -71,7 +71,7 @@ def fit(probabilities: np.ndarray, scores: Sequence[float], **fitted_on) -> Cali
     scores = np.asarray(scores)
     truth = _numbers(scores)
     temperature, biases = _likeliest(probabilities, truth)
-    calibrated = _softmax(_log(probabilities) / temperature + biases)
+    calibrated = softmax(_log(probabilities) / temperature + biases)
     return Calibration(
         temperature=round(temperature, 4),
         biases=tuple(np.round(biases, 4).tolist()),
@@ -91,7 +91,7 @@ def cross_fit(
     for fold in np.array_split(np.random.default_rng(seed).permutation(len(truth)), min(folds, len(truth))):
         others = np.setdiff1d(np.arange(len(truth)), fold)
         temperature, biases = _likeliest(probabilities[others], truth[others])
-        every = _softmax(_log(probabilities) / temperature + biases)
+        every = softmax(_log(probabilities) / temperature + biases)
         calibrated[fold] = every[fold]
         expected[fold] = every[fold] @ _nearest(every[others], scores[others])
     return calibrated, expected
@@ -118,7 +118,7 @@ def _likeliest(probabilities: np.ndarray, truth: np.ndarray) -> tuple[float, np.
 
     def loss(parameters: np.ndarray) -> float:
         slope, biases = parameters[0], parameters[1:]
-        likelihood = _softmax(slope * log + biases)[np.arange(len(truth)), truth]
+        likelihood = softmax(slope * log + biases)[np.arange(len(truth)), truth]
         return -np.log(likelihood).sum() + 0.5 * ((slope - 1) ** 2 + (biases**2).sum())
 
     slope, *biases = minimize(loss, [1.0, 0.0, 0.0, 0.0], bounds=[(0.05, 20.0)] + [(-10.0, 10.0)] * 3).x
@@ -133,6 +133,7 @@ def _log(probabilities) -> np.ndarray:
     return np.log(np.maximum(np.asarray(probabilities, dtype=float), 1e-12))
 
 
-def _softmax(logits: np.ndarray) -> np.ndarray:
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Of the last axis."""
     weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
     return weights / weights.sum(axis=-1, keepdims=True)

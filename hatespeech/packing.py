@@ -8,6 +8,7 @@ gradients are those of one prompt at a time, the instruction's keys and values i
 import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import numpy as np
 
@@ -40,14 +41,19 @@ class Bins:
         return Bins(*shared, self.rows[here], self.bins[here] - chosen[0], self.ends[here], self.masked)
 
 
+def shared_tokens(prompts: Sequence[list[int]]) -> int:
+    """How many tokens all prompts begin with alike; a last one remains of each, to be the label's."""
+    # What the first and the last in order share, all share.
+    differ = [a != b for a, b in zip(min(prompts), max(prompts), strict=False)]
+    return min(differ.index(True) if any(differ) else len(differ), *(len(prompt) - 1 for prompt in prompts))
+
+
 def pack(prompts: Sequence[list[int]], bin_tokens: int, unit: int = BLOCK) -> Bins:
     """Bins of at most about bin_tokens, evenly filled: each prompt, longest first, goes to the emptiest.
 
     Their length is the longest's, rounded up to a multiple of `unit`, so that few different shapes come.
     """
-    # What the first and the last in order share, all share; a last token remains of each, to be the label's.
-    differ = [a != b for a, b in zip(min(prompts), max(prompts), strict=False)]
-    shared = min(differ.index(True) if any(differ) else len(differ), *(len(prompt) - 1 for prompt in prompts))
+    shared = shared_tokens(prompts)
     own = np.array([len(prompt) - shared for prompt in prompts])
     n_bins = max(1, int(np.ceil(own.sum() / max(1.0, 0.99 * (bin_tokens - shared)))))  # evenly, but not to the token
     heap = [(shared, 0, number) for number in range(n_bins)]
@@ -60,9 +66,12 @@ def pack(prompts: Sequence[list[int]], bin_tokens: int, unit: int = BLOCK) -> Bi
     ids, positions = np.zeros((n_bins, length), dtype=np.int64), np.zeros((n_bins, length), dtype=np.int64)
     segment = np.full((n_bins, length), PADDING, dtype=np.int32)
     ids[:, :shared], positions[:, :shared], segment[:, :shared] = prompts[0][:shared], np.arange(shared), SHARED
-    for row, prompt in enumerate(prompts):
-        place = (bins[row], slice(starts[row], starts[row] + own[row]))
-        ids[place], positions[place], segment[place] = prompt[shared:], np.arange(shared, len(prompt)), segments[row]
+    within = np.arange(own.sum()) - np.repeat(own.cumsum() - own, own)
+    places = np.repeat(bins * length + starts, own) + within
+    tokens = chain.from_iterable(prompt[shared:] for prompt in prompts)
+    ids.ravel()[places] = np.fromiter(tokens, np.int64, len(within))
+    positions.ravel()[places] = shared + within
+    segment.ravel()[places] = np.repeat(segments, own)
     return Bins(ids, positions, segment, np.arange(len(prompts)), bins, starts + own - 1, masked=True)
 
 
@@ -103,23 +112,23 @@ def dense_mask(segments):
     return causal & ((keys == SHARED) | (keys == queries))
 
 
-def blocks(segments: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def blocks(segments: np.ndarray, block: int = BLOCK) -> tuple[np.ndarray, np.ndarray]:
     """Which blocks of keys a block of queries needs: those of the shared tokens and from its first prompt's start on.
 
-    segments: (b, T). Returns how many, (b, 1, T / BLOCK), and their numbers, needed ones first, (b, 1, T / BLOCK,
-    T / BLOCK).
+    segments: (b, T). Returns how many, (b, 1, T / block), and their numbers, needed ones first, (b, 1, T / block,
+    T / block).
     """
     length = segments.shape[1]
     starts = np.maximum.accumulate(np.where(np.diff(segments, axis=1, prepend=-2), np.arange(length), 0), axis=1)
-    first = starts[:, ::BLOCK, None] // BLOCK
-    shared = -(-(segments == SHARED).sum(axis=1)[:, None, None] // BLOCK)
-    query, key = np.ogrid[: length // BLOCK, : length // BLOCK]
+    first = starts[:, ::block, None] // block
+    shared = -(-(segments == SHARED).sum(axis=1)[:, None, None] // block)
+    query, key = np.ogrid[: length // block, : length // block]
     needed = (key <= query) & ((key >= first) | (key < shared))
     order = np.argsort(~needed, axis=2, kind="stable")
     return needed.sum(axis=2, dtype=np.int32)[:, None], order.astype(np.int32)[:, None]
 
 
-def block_mask(segments, counts, order):
+def block_mask(segments, counts, order, block: int = BLOCK):
     """dense_mask for FlexAttention, which skips what no query needs. segments: (b, T) tensor; the others of blocks."""
     from torch.nn.attention.flex_attention import BlockMask
 
@@ -127,7 +136,7 @@ def block_mask(segments, counts, order):
         return (k <= q) & ((segments[b, k] == SHARED) | (segments[b, k] == segments[b, q]))
 
     lengths = (segments.shape[1], segments.shape[1])
-    return BlockMask.from_kv_blocks(counts, order, BLOCK_SIZE=BLOCK, mask_mod=keep, seq_lengths=lengths)
+    return BlockMask.from_kv_blocks(counts, order, BLOCK_SIZE=block, mask_mod=keep, seq_lengths=lengths)
 
 
 def to_device(array: np.ndarray, device):

@@ -86,7 +86,8 @@ def check_base(base: str) -> None:
 def load(base: str, tokenizer, *, rank: int, alpha: int, seed: int, adapter: Path | None = None) -> Classifier:
     """The base with a LoRA on every linear layer: 4 bit through unsloth on CUDA, else fp32 through PEFT.
 
-    The LoRA is fresh, or that of a run's adapter/.
+    A .gguf base, quantised already, is trained in the 16 bits it is merged and served in. The LoRA is fresh, or that of
+    a run's adapter/.
     base: hub id, local directory, or .gguf file. tokenizer: of load_tokenizer.
     """
     import torch
@@ -106,7 +107,8 @@ def load(base: str, tokenizer, *, rank: int, alpha: int, seed: int, adapter: Pat
                 model, _ = FastLanguageModel.from_pretrained(
                     directory,
                     max_seq_length=task.CONTEXT_TOKENS,
-                    load_in_4bit=True,
+                    load_in_4bit=not base.endswith(".gguf"),
+                    dtype=_cuda_dtype(),
                     device_map={"": torch.cuda.current_device()},
                 )
             model = FastLanguageModel.get_peft_model(model, **lora, use_gradient_checkpointing=False, random_state=seed)
