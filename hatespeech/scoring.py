@@ -101,7 +101,7 @@ class Scorer:
 
 
 class _Packed:
-    """Forward passes over prompts packed behind one copy of what they share; the layers compiled, attention included."""
+    """Forward passes over prompts packed behind one copy of what they share; the layers, attention too, compiled."""
 
     def __init__(self, model, labels: list[int]):
         self._decoder, self._head = model.get_decoder(), model.get_output_embeddings().weight[labels].detach()

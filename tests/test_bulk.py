@@ -1,0 +1,201 @@
+"""Bulk scoring on a real Ray, with the shipped model: the service's answers, no row lost or twice, whatever dies."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pandas as pd
+import psutil
+import pytest
+from pyarrow import parquet
+
+from hatespeech import UserError, bulk, scoring, task
+from hatespeech.calibration import Calibration
+from tests.conftest import ROOT
+from tests.test_data import GOLD, SILVER
+
+
+@pytest.fixture(scope="module")
+def ray():
+    """One small Ray for this file's quick tests; its logs say nothing of texts."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    ray = pytest.importorskip("ray")
+    ray.init(num_cpus=2, num_gpus=0, include_dashboard=False, log_to_driver=False, object_store_memory=200_000_000)
+    yield ray
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def rows() -> pd.DataFrame:
+    """Comments with an id each; some come twice, one is empty, one too long, one holds a NUL."""
+    texts = pd.read_csv(GOLD)["text"][:12].tolist()
+    texts += [*texts[:3], 'quoted, "as in CSV"\nand over two lines', "", "word " * 3000, "a\0b"]
+    return pd.DataFrame({"id": [f"{number:03}" for number in range(len(texts))], "text": texts})
+
+
+def written(folder, kind: str) -> pd.DataFrame:
+    read = {".csv": pd.read_csv, ".parquet": pd.read_parquet, ".jsonl": pd.read_json}[kind]
+    options = {".csv": {"dtype": {"id": str}}, ".jsonl": {"lines": True, "dtype": {"id": str}}}.get(kind, {})
+    parts = [read(path, **options) for path in sorted(folder.glob(f"part-*{kind}"))]
+    return pd.concat(parts).sort_values("id", ignore_index=True)
+
+
+@pytest.mark.parametrize("kind", bulk.KINDS)
+def test_each_kind_of_file_keeps_its_rows_and_gets_answers(ray, rows, run, server, ollama_host, tmp_path, kind):
+    source, output = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    for name, part in {"a": rows[:9], "b": rows[9:]}.items():
+        path = source / f"{name}{kind}"
+        if kind == ".csv":
+            part.to_csv(path, index=False)
+        elif kind == ".parquet":
+            part.to_parquet(path)
+        else:
+            path.write_text("".join(json.dumps(row) + "\n" for row in part.to_dict("records")))
+    options = {"model_dir": str(run), "hosts": [ollama_host], "rows_a_part": 5}
+    state = bulk.run(f"file://{source}", str(output), **options)
+    assert state["finished"]
+    assert sum(state["rows"]) == len(rows)
+    found = written(output, kind)
+    assert found["id"].tolist() == rows["id"].tolist()
+    assert found["text"].fillna("").tolist() == rows["text"].tolist()
+    calibration = Calibration.load(run / "calibration.json")
+    for number, text in enumerate(rows["text"][:15]):
+        expected = calibration.apply(server.classify(text).probabilities)
+        answer = found.loc[number]
+        probabilities = np.array([answer[f"p_{label.lower()}"] for label in task.LABELS], dtype=float)
+        assert np.abs(probabilities - expected).max() < 5e-3  # Ollama's own, from one prompt cache to another
+        assert answer["label"] == task.decide(probabilities)
+        assert answer["score"] == pytest.approx(float(probabilities @ calibration.class_scores), abs=1e-6)
+        assert bool(answer["abstain"]) == (max(probabilities) < calibration.abstain_below)
+        assert not answer["error"] or pd.isna(answer["error"])
+    refused = found[16:]
+    assert refused["label"].isna().all()
+    for error, words in zip(refused["error"], ("there is no text", "too long", "NUL"), strict=True):
+        assert words in error
+    if kind == ".parquet":
+        path = next(output.glob("part-*"))
+        about = json.loads(parquet.read_schema(path).metadata[b"hatespeech"])
+        assert about["calibration"] == calibration.version
+        assert about["weights_sha256"] == calibration.model_sha256
+        assert about["prompt_version"] == task.PROMPT_VERSION
+    before = {path: path.stat().st_mtime_ns for path in output.glob("part-*")}
+    bulk.run(f"file://{source}", str(output), **options)  # finished: nothing is made again
+    assert {path: path.stat().st_mtime_ns for path in output.glob("part-*")} == before
+
+
+def test_equal_texts_meet_in_one_part_and_are_scored_once(monkeypatch, run):
+    import pyarrow
+
+    texts = ["a", "b", "a", "c", "b", "a"]
+    parts = [bulk.buckets([text])[0] for text in texts]
+    assert parts == bulk.buckets(texts).tolist()  # wherever they are met
+    asked = []
+
+    def load(run, calibration):
+        return type(
+            "Scorer", (), {"label_probabilities": lambda self, some: asked.extend(some) or np.eye(3)[: len(some)]}
+        )()
+
+    monkeypatch.setattr(scoring, "load", load)
+    monkeypatch.setattr(scoring, "weights_path", lambda run: run / "settings.json")
+    provenance = bulk._provenance(run, ())
+    job = bulk.Job(".csv", "text", "memory://out", "memory", str(run), (), provenance, parts=1)
+    told = bulk.Score(job)(pyarrow.table({"text": texts, "part": [0] * 6}))
+    assert asked == ["a", "b", "c"]
+    assert told.select(["rows", "distinct"]).to_pylist() == [{"rows": 6, "distinct": 3}]
+    lines = job.filesystem().cat_file(job.path(0)).decode().splitlines()
+    assert [line.partition(",")[0].strip('"') for line in lines] == ["text", *texts]
+
+
+def test_what_can_not_be_done_is_told_before_it_begins(ray, run, server, ollama_host, tmp_path):
+    options = {"model_dir": str(run), "hosts": [ollama_host]}
+    with pytest.raises(UserError, match="not a file or a folder of files"):
+        bulk.run(str(tmp_path / "none"), str(tmp_path / "out"), **options)
+    source = tmp_path / "a.csv"
+    source.write_text("id,text,label\n1,x,\n")
+    with pytest.raises(UserError, match="would be added: label"):
+        bulk.run(str(source), str(tmp_path / "out"), **options)
+    source.write_text("id,words\n1,some words\n")
+    with pytest.raises(UserError, match=r"no column text \(there are: id, words\)"):
+        bulk.run(str(source), str(tmp_path / "out"), **options)
+    bulk.run(str(source), str(tmp_path / "out"), text_column="words", **options)
+    source.write_text("id,words\n1,other words now\n")
+    with pytest.raises(UserError, match="begun with another input"):
+        bulk.run(str(source), str(tmp_path / "out"), text_column="words", **options)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "letter.txt").write_text("not ours")
+    with pytest.raises(UserError, match="is not empty"):
+        bulk.run(str(source), str(tmp_path / "full"), text_column="words", **options)
+
+
+@pytest.mark.slow
+def test_a_thousand_texts_get_the_services_answers(run, server):
+    texts = pd.concat([pd.read_csv(GOLD), pd.read_csv(SILVER)])["text"].drop_duplicates()[:1000].tolist()
+    calibration = Calibration.load(run / "calibration.json")
+    served = calibration.apply(np.array([server.classify(text).probabilities for text in texts]))
+    scored = calibration.apply(scoring.load(run, calibration).label_probabilities(texts))
+    agree = (served.argmax(axis=1) == scored.argmax(axis=1)).mean()
+    apart = np.abs(served - scored)
+    print(f"labels agree on {agree:.1%} of {len(texts)} texts; probabilities differ by {apart.mean():.4f} on average")
+    assert agree >= 0.995
+    assert apart.mean() < 0.01
+    assert apart.max() < 0.06
+
+
+def command(source, output, run, address: str) -> list[str]:
+    options = ["--model-dir", str(run), "--address", address, "--workers", "2", "--rows-per-part", "12"]
+    return [sys.executable, "-m", "hatespeech.bulk", str(source), str(output), *options]
+
+
+def wait_for(parts: int, output, process) -> None:
+    for _ in range(2400):
+        if len(list(output.glob("part-*"))) >= parts:
+            return
+        assert process.poll() is None, "the run ended before it was killed"
+        time.sleep(0.1)
+    raise AssertionError(f"no {parts} parts came")
+
+
+@pytest.mark.slow
+def test_kill_9_of_the_driver_then_of_a_node_loses_no_row_and_doubles_none(run, tmp_path):
+    """A cluster of two nodes on this machine."""
+    cluster_utils = pytest.importorskip("ray.cluster_utils")
+    node = {"num_cpus": 2, "num_gpus": 0, "object_store_memory": 150_000_000}
+    cluster = cluster_utils.Cluster(initialize_head=True, head_node_args=node | {"include_dashboard": False})
+    second = cluster.add_node(**node)
+    cluster.wait_for_nodes()
+    texts = pd.read_csv(SILVER)["text"].drop_duplicates()[:160].tolist()
+    rows = pd.DataFrame({"id": range(200), "text": (texts + texts)[:200]})
+    (tmp_path / "in").mkdir()
+    for number in range(4):
+        rows[number::4].to_parquet(tmp_path / "in" / f"{number}.parquet")
+    output, environment = tmp_path / "out", os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    arguments = {"cwd": ROOT, "env": environment, "stderr": subprocess.PIPE, "text": True}
+    try:
+        driver = subprocess.Popen(command(tmp_path / "in", output, run, cluster.address), **arguments)
+        wait_for(2, output, driver)
+        driver.send_signal(signal.SIGKILL)
+        driver.wait()
+        first = {path.name for path in output.glob("part-*")}
+        driver = subprocess.Popen(command(tmp_path / "in", output, run, cluster.address), **arguments)
+        wait_for(len(first) + 1, output, driver)
+        raylet = psutil.Process(second.all_processes["raylet"][0].process.pid)
+        for process in [raylet, *raylet.children(recursive=True)]:
+            process.send_signal(signal.SIGKILL)
+        _, errors = driver.communicate(timeout=400)
+        assert driver.returncode == 0, errors[-2000:]
+    finally:
+        cluster.shutdown()
+    found = written(output, ".parquet")
+    assert found["id"].tolist() == rows["id"].tolist()
+    assert found["label"].isin(task.LABELS).all()
+    assert found.groupby("text")["p_hate"].nunique().max() == 1
+    n_parts = len(list(output.glob("part-*")))
+    print(f"{len(found)} rows once each in {n_parts} parts; {len(first)} when the driver was killed")
+    assert len(first) < n_parts
+    assert not list(output.glob("_[0-9a-f]*"))
