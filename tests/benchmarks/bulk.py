@@ -100,27 +100,30 @@ def measure_cpu(texts: list[str]) -> list[dict]:
             scorer = scoring.load(RUN, calibration)
             scorer.label_probabilities(texts[:32])
 
-            def service(some: list[str]) -> None:
+            def service(some: list[str]) -> list[str]:
                 with ThreadPoolExecutor(4) as pool:
-                    for answer in pool.map(lambda text: requests.post(f"{url}/infer", data=text.encode()), some):
-                        answer.raise_for_status()
+                    answers = list(pool.map(lambda text: requests.post(f"{url}/infer", data=text.encode()), some))
+                return [answer.text.strip() for answer in answers]
 
-            ways = {"the service, 4 clients": service, "scoring.py, all cores": scorer.label_probabilities}
-            seconds = dict.fromkeys(ways, 0.0)
+            def scored(some: list[str]) -> list[str]:
+                return [task.decide(row) for row in calibration.apply(scorer.label_probabilities(some))]
+
+            ways = {"the service, 4 clients": service, "scoring.py, all cores": scored}
+            seconds, labels = dict.fromkeys(ways, 0.0), {way: [] for way in ways}
             for half in (texts[::2], texts[1::2]):
                 for way, compute in ways.items():
                     started = time.monotonic()
-                    compute(half)
+                    labels[way] += compute(half)
                     seconds[way] += time.monotonic() - started
             rows += [{"way": way, "texts": len(texts), "texts_per_s": len(texts) / seconds[way]} for way in ways]
+            rows[-1]["labels_as_served"] = sum(map(str.__eq__, *labels.values())) / len(texts)
         finally:
             os.killpg(process.pid, signal.SIGTERM)
             process.wait()
-        del scorer
         pd.DataFrame({"text": texts}).to_parquet(f"{scratch}/in.parquet")
         for workers in (1, 2):
             output = f"{scratch}/{workers}"
-            done = bulk.run(f"{scratch}/in.parquet", output, model_dir=str(RUN), workers=workers, rows_a_part=64)
+            done = bulk.run(f"{scratch}/in.parquet", output, model_dir=str(RUN), workers=workers, rows_a_part=160)
             found = done["scored"]
             rows.append({"way": f"hatespeech.bulk, workers: {workers}", "texts": found["rows"]})
             rows[-1]["texts_per_s"] = found["rows"] / found["seconds"]
