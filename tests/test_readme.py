@@ -30,6 +30,11 @@ RUN_ELSEWHERE = {
     "MODEL_DIR=results/mine ./bootstrap.sh": "test_bootstrap.py, with MODEL_DIR of its own",
     "conda env create -f environment.yml": "test_environment_yml_is_the_train_extra (no conda here)",
     "conda activate hatespeech": "as above",
+    **{
+        command: "test_bulk.py, on files, hosts and a cluster of its own"
+        for command in COMMANDS
+        if command.startswith(".venv/bin/python -m hatespeech.bulk")
+    },
     "python -m hatespeech.evaluation results/smollm2-135m results/mine": "test_train.py::test_evaluate_only_...",
     **{
         command: "test_checkpoint.py::test_two_processes_train_what_one_does, on one host"
@@ -148,7 +153,7 @@ def test_every_figure_of_the_comparison_and_calibration_was_measured():
     notes = (RUN / "NOTES.md").read_text()
     n_texts, n_right = re.search(r"On (\d+) texts of our own\*\*, of kinds .* writer on (\d+)", notes).groups()
     assert f"On {n_texts} texts of kinds a moderator meets it agrees with their writer on {n_right}," in words
-    assert "spelling 0 of" in notes
+    assert "spelling 1 of 4" in notes  # which the README says in words
 
 
 def test_every_speed_was_measured():
@@ -180,6 +185,15 @@ def test_every_training_speed_was_measured():
                 assert cell.strip(" *") == (f"{figure:.1f}" if figure < 10 else f"{figure:,.0f}")
 
 
+def test_every_bulk_speed_was_measured():
+    stored = json.loads((ROOT / "results" / "benchmarks" / "bulk.json").read_text())
+    for device in ("cpu", "gpu"):
+        for row in stored[device]["rows"]:
+            figure = row["texts_per_s"]
+            shown = f"{figure:.1f}" if figure < 100 else f"{figure:,.0f}"
+            assert re.search(rf"\| {re.escape(row['way'])} .*\| \**{re.escape(shown)}\** \|", README), row
+
+
 def test_the_reports_speed_was_measured():
     stored = json.loads((ROOT / "results" / "benchmarks" / "reporting.json").read_text())
     assert stored["requests"] == 1_000_000
@@ -189,7 +203,7 @@ def test_the_reports_speed_was_measured():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["full_size", "tries", "reporting"])
+@pytest.mark.parametrize("name", ["bulk", "full_size", "tries", "reporting"])
 def test_the_other_benchmarks_run_quickly(name, tmp_path):
     options = {"tries": ["--quick", "--output", str(tmp_path)], "reporting": ["--rows", "2000"]}
     command = [sys.executable, "-m", f"tests.benchmarks.{name}", *options.get(name, ["--quick"])]

@@ -87,6 +87,13 @@ def median_s(call: Callable[[], object], times: int = 5) -> float:
     return round(statistics.median(measured), 4)
 
 
+def size_bytes(store: Store) -> int:
+    sizes = {"sqlite": "SELECT page_count * page_size FROM pragma_page_count, pragma_page_size"}
+    sizes["postgresql"] = "SELECT pg_database_size(current_database())"
+    with store.reading() as session:
+        return session.execute(text(sizes[store.engine.dialect.name])).scalar_one()
+
+
 def measure(store: Store) -> dict:
     span, reference = Span(DAY, DAY + timedelta(days=DAYS)), reporting.load_reference(RUN)
     report = median_s(lambda: reporting.report(store, span, reference))
@@ -122,7 +129,8 @@ def main() -> None:
         for where in (f"sqlite:///{folder}/log.sqlite3", url):
             store = Store(where)
             fill(store, arguments.rows)
-            result["rows"].append(measure(store))
+            size = {"bytes_a_request": round(size_bytes(store) / arguments.rows)}
+            result["rows"].append(measure(store) | size)
             store.engine.dispose()
     print(json.dumps(result, indent=2))
     if arguments.rows >= 1_000_000:
