@@ -17,6 +17,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import sys
 import time
 import uuid
@@ -76,14 +77,16 @@ def raw_texts(block, kind: str, column: str) -> list[str | None]:
     """A block's texts as they are; None where a row has none. Of .jsonl a block holds the lines."""
     if kind != ".jsonl":
         return [None if text is None else str(text) for text in block.column(column).to_pylist()]
-    return [row.get(column) if isinstance(row := _parsed(line), dict) else None for line in block["line"].to_pylist()]
+    texts = [_parsed(line).get(column) for line in block["line"].to_pylist()]
+    return [text if isinstance(text, str) else None for text in texts]
 
 
 def buckets(texts: Sequence[str | None]) -> np.ndarray:
     """(n,) a number below BUCKETS each, the same for equal texts, anywhere and always."""
     import pandas as pd
 
-    hashes = pd.util.hash_array(np.array([str(text or "") for text in texts], dtype=object), categorize=False)
+    encoded = [(text or "").encode("utf-8", "replace").decode() for text in texts]  # half a character has no hash
+    hashes = pd.util.hash_array(np.array(encoded, dtype=object), categorize=False)
     return (hashes % BUCKETS).astype(np.int32)
 
 
@@ -148,10 +151,8 @@ class Score:
         if job.kind == ".jsonl":
             lines = []
             for number, line in enumerate(rows["line"].to_pylist()):
-                row = _parsed(line)
-                row = row if isinstance(row, dict) else {"line": line}
-                row |= {name: values[number] for name, values in answers.items()}
-                lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+                row = _parsed(line) | {name: values[number] for name, values in answers.items()}
+                lines.append(json.dumps(row) + "\n")
             content = "".join(lines).encode()
         else:
             content = _table_bytes(_with(rows, answers), job)
@@ -196,11 +197,13 @@ def _bool(value) -> bool | None:
     return None if value is None else bool(value)
 
 
-def _parsed(line: str):
+def _parsed(line: str) -> dict:
+    """A line of .jsonl; one that is no JSON object as {"line": it}."""
     try:
-        return json.loads(line)
+        row = json.loads(line)
     except ValueError:
-        return None
+        row = None
+    return row if isinstance(row, dict) else {"line": line}
 
 
 def _with(rows, answers: dict[str, list]):
@@ -248,7 +251,7 @@ def run(
     ray = _ray(address)
     fs, files, kind = _files(source)
     columns = _columns(fs, files[0], kind)
-    if kind != ".jsonl" and text_column not in columns:
+    if text_column not in columns:
         raise UserError(f"{files[0]}: no column {text_column} (there are: {', '.join(columns)}): --text-column NAME")
     if taken := set(columns) & {*COLUMNS, "part"}:
         raise UserError(f"{source} has columns that would be added: {', '.join(sorted(taken))}; rename them")
@@ -266,7 +269,7 @@ def run(
         print("counting rows ...", file=sys.stderr, flush=True)
         counts = _count(table, kind, text_column)
         per_part = rows_a_part or ROWS_A_PART["gpu" if gpus and not hosts else "cpu"]
-        parts = max(1, -(-int(counts.sum()) // per_part))
+        parts = min(BUCKETS, max(1, -(-int(counts.sum()) // per_part)))
         by_part = np.bincount(np.arange(BUCKETS) * parts // BUCKETS, counts, minlength=parts)
         state = provenance | {"finished": False, "rows": by_part.astype(int).tolist()}
         _store(out, folder, state)
@@ -310,10 +313,15 @@ def _score(ray, table, job: Job, left: np.ndarray, expected: list[int], workers:
     total, done = sum(expected), sum(rows for rows, is_left in zip(expected, left, strict=True) if not is_left)
     with tqdm(total=total, initial=done, desc="scoring", unit="row", mininterval=1.0) as progress:
         told = {}
-        for part in scored.iter_rows():
-            told[part["part"]] = part
-            progress.update(part["rows"])
-            progress.set_postfix(distinct=sum(part["distinct"] for part in told.values()))
+        try:
+            for part in scored.iter_rows():
+                told[part["part"]] = part
+                progress.update(part["rows"])
+                progress.set_postfix(distinct=sum(part["distinct"] for part in told.values()))
+        except ray.exceptions.RayError as error:
+            reasons = re.findall(r"^[\w.]+: (.+)$", str(error), re.MULTILINE)  # the last line of a traceback
+            reason = reasons[-1] if reasons else type(error).__name__
+            raise UserError(f"a worker failed: {reason}. What is scored is kept: the same command goes on") from error
     wrong = [part for part in np.flatnonzero(left) if part not in told or told[part]["rows"] != expected[part]]
     if wrong:
         for part in wrong:
@@ -390,7 +398,8 @@ def _columns(fs, path: str, kind: str) -> list[str]:
     if kind == ".csv":
         with fs.open(path, "r", encoding="utf-8", newline="") as file:
             return next(csv.reader(file), [])
-    return []
+    with fs.open(path, "r", encoding="utf-8") as file:
+        return list(_parsed(file.readline()))
 
 
 def _read(ray, fs, files: list[str], kind: str, columns: list[str]):

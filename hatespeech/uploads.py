@@ -66,14 +66,15 @@ class Uploads:
         """Classify the file, or go on with it, in a thread of its own."""
         place, about = self._place(name)
         source, target = place / f"input{about['kind']}", place / f"output{about['kind']}"
-        if self.state(name)["running"] or target.exists():
+        state = self.state(name)
+        if state["running"] or target.exists():
             raise Conflict("this file is being classified, or was")
         try:
             about |= {"column": column, "rows": table.count(source, column), "error": None}
         except UserError as error:
             raise BadRequest(str(error).replace(str(source), about["filename"])) from error
         export.write_json(place / "about.json", about)
-        if not self.state(name)["done"]:  # a journal without rows may be of a model that is served no more
+        if not state["done"]:  # a journal without rows may be of a model that is served no more
             target.with_name(target.name + ".progress").unlink(missing_ok=True)
 
         def run() -> None:
