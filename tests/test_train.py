@@ -286,7 +286,7 @@ def test_the_shipped_metrics_are_of_the_shipped_data(run):
     assert {name: data.fingerprint(part) for name, part in splits.items()} == stored["data"]["sha256"]
     assert not set(splits["train"]["text"]) & set(splits["test"]["text"])
     served, tfidf = metrics["test"]["as_served"], metrics["test"]["tfidf_logistic_regression"]
-    for metric in ("accuracy", "macro_f1", "pearson_r"):
+    for metric in ("accuracy", "roc_auc_hate", "pearson_r"):  # not macro-F1, as the README says
         assert served[metric]["value"] > tfidf[metric]["value"]
     assert (run / "adapter.gguf").stat().st_size < 12e6
 
