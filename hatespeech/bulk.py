@@ -117,7 +117,7 @@ class Score:
         texts = raw_texts(rows, self._job.kind, self._job.text_column)
         distinct = {text: number for number, text in enumerate(dict.fromkeys(texts))}
         answers = self._answers(list(distinct))
-        places = np.array([distinct[text] for text in texts])
+        places = [distinct[text] for text in texts]
         self._write({name: [values[place] for place in places] for name, values in answers.items()}, rows, part)
         told = {"part": part, "rows": len(texts), "distinct": len(distinct), "started": started, "ended": time.time()}
         return pyarrow.table({name: [value] for name, value in told.items()})
@@ -156,11 +156,7 @@ class Score:
             content = "".join(lines).encode()
         else:
             content = _table_bytes(_with(rows, answers), job)
-        # Whole or not at all: a name that no reader takes for data, then the right one.
-        unfinished = f"{job.output}/_{uuid.uuid4().hex}"
-        with self._fs.open(unfinished, "wb") as file:
-            file.write(content)
-        self._fs.mv(unfinished, job.path(part))
+        _write_whole(self._fs, job.path(part), content)
 
 
 def _through_ollama(job: Job, tokens: tuple[str, ...]) -> Callable[[list[str]], np.ndarray]:
@@ -291,8 +287,9 @@ def run(
     for path in out.glob(f"{folder}/_*"):  # what killed workers left
         if not path.endswith(PROVENANCE):
             out.rm(path)
-    _store(out, folder, state | {"finished": True})
-    return state | {"finished": True} | ({"scored": scored} if scored else {})
+    state["finished"] = True
+    _store(out, folder, state)
+    return state | ({"scored": scored} if scored else {})
 
 
 def _score(ray, table, job: Job, left: np.ndarray, expected: list[int], workers: int, on_gpu: bool) -> dict:
@@ -312,12 +309,13 @@ def _score(ray, table, job: Job, left: np.ndarray, expected: list[int], workers:
     )
     total, done = sum(expected), sum(rows for rows, is_left in zip(expected, left, strict=True) if not is_left)
     with tqdm(total=total, initial=done, desc="scoring", unit="row", mininterval=1.0) as progress:
-        told = {}
+        told, distinct = {}, 0
         try:
             for part in scored.iter_rows():
                 told[part["part"]] = part
+                distinct += part["distinct"]
                 progress.update(part["rows"])
-                progress.set_postfix(distinct=sum(part["distinct"] for part in told.values()))
+                progress.set_postfix(distinct=distinct)
         except ray.exceptions.RayError as error:
             reasons = re.findall(r"^[\w.]+: (.+)$", str(error), re.MULTILINE)  # the last line of a traceback
             reason = reasons[-1] if reasons else type(error).__name__
@@ -459,9 +457,14 @@ def _resumed(out, folder: str, provenance: dict) -> dict | None:
 
 
 def _store(out, folder: str, state: dict) -> None:
-    unfinished = f"{folder}/_{uuid.uuid4().hex}"
-    out.pipe_file(unfinished, json.dumps(state, indent=1).encode())
-    out.mv(unfinished, f"{folder}/{PROVENANCE}")
+    _write_whole(out, f"{folder}/{PROVENANCE}", json.dumps(state, indent=1).encode())
+
+
+def _write_whole(fs, path: str, content: bytes) -> None:
+    """Whole or not at all: under a name that no reader takes for data, then under the right one."""
+    unfinished = f"{path.rpartition('/')[0]}/_{uuid.uuid4().hex}"
+    fs.pipe_file(unfinished, content)
+    fs.mv(unfinished, path)
 
 
 def main() -> None:

@@ -21,35 +21,20 @@ from pathlib import Path
 import pandas as pd
 import requests
 import torch
-import transformers
 
 import train
 from hatespeech import export, ollama, packing, scoring, task, tuning
 from hatespeech.calibration import Calibration
-from tests.benchmarks.training import BASE, ROOT, SHAPES, SILVER, linear_weights
+from tests.benchmarks.training import BASE, ROOT, SILVER, linear_weights, random_model
 
 RUN = ROOT / "results" / "smollm2-135m"
 
 BATCH = 64
 
 
-def random_model(workload: str, tokenizer):
-    kind = "Llama" if workload.startswith("SmolLM2") else "Mistral"
-    config = getattr(transformers, f"{kind}Config")(
-        vocab_size=len(tokenizer), max_position_embeddings=8192, **SHAPES[workload]
-    )
-    cuda = torch.cuda.is_available()
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float16 if cuda else torch.float32)
-    with torch.device("cuda" if cuda else "cpu"):
-        model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
-    torch.set_default_dtype(torch.float32)
-    return model
-
-
 def batch_after_batch(model, tokenizer, texts: list[str]) -> None:
     """Left-padded batches as they come, logits of the last position alone."""
-    tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.pad_token or tokenizer.eos_token
+    tokenizer.padding_side = "left"
     found = []
     with torch.inference_mode():
         for start in range(0, len(texts), BATCH):
@@ -61,7 +46,8 @@ def batch_after_batch(model, tokenizer, texts: list[str]) -> None:
 
 def measure_gpu(workload: str, tokenizer, texts: list[str]) -> list[dict]:
     """A row for each way, both with one model, the texts' own tokens in TFLOP/s."""
-    model, rows = random_model(workload, tokenizer), []
+    dtype, rows = torch.float16 if torch.cuda.is_available() else torch.float32, []
+    model = random_model(workload, tokenizer, dtype).eval()
     ways = {f"transformers, batches of {BATCH}": lambda some: batch_after_batch(model, tokenizer, some)}
     few = len(texts) // 8
     for way in [*ways, "ours"]:

@@ -60,21 +60,33 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 SMALL_CARD_GB = 22
 
 
-def make_base(workload: str, tokenizer_source: str, folder: Path) -> None:
-    """A base of random weights: 4 bit where there is a GPU."""
+def random_model(workload: str, tokenizer, dtype):
+    """A model of the named shape and random weights, on the GPU where there is one."""
     import torch
     import transformers
 
-    tokenizer = tuning.load_tokenizer(tokenizer_source)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     kind = "Llama" if workload.startswith("SmolLM2") else "Mistral"
     config_class = getattr(transformers, f"{kind}Config")
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     config = config_class(vocab_size=len(tokenizer), max_position_embeddings=8192, **ids, **SHAPES[workload])
     torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"), tempfile.TemporaryDirectory() as whole:
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = getattr(transformers, f"{kind}ForCausalLM")(config)
+    torch.set_default_dtype(usual)
+    return model
+
+
+def make_base(workload: str, tokenizer_source: str, folder: Path) -> None:
+    """A base of random weights: 4 bit where there is a GPU."""
+    import torch
+    import transformers
+
+    tokenizer = tuning.load_tokenizer(tokenizer_source)
+    model = random_model(workload, tokenizer, torch.bfloat16)
+    with tempfile.TemporaryDirectory() as whole:
         if torch.cuda.is_available():
             model.save_pretrained(whole)
             del model
@@ -83,7 +95,7 @@ def make_base(workload: str, tokenizer_source: str, folder: Path) -> None:
                 load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
             )
             model = transformers.AutoModelForCausalLM.from_pretrained(
-                whole, quantization_config=quantized, device_map={"": 0}
+                whole, dtype=torch.bfloat16, quantization_config=quantized, device_map={"": 0}
             )
         model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
