@@ -4,6 +4,7 @@
     python -m hatespeech.bulk comments/ scored/ --text-column text
     python -m hatespeech.bulk s3://bucket/comments s3://bucket/scored --address auto    # a running Ray cluster
     python -m hatespeech.bulk comments.csv scored/ --ollama gpu-1:11434,gpu-2:11434     # Ollama computes
+    python -m hatespeech.bulk comments/ scored/ --vllm --gpus-per-worker 4              # vLLM, the model over four GPUs
 
 INPUT is a file or folder of .parquet, .csv or .jsonl on any path that fsspec knows; OUTPUT a folder of the same kind of
 files. Rows are dealt to parts by their text, so equal texts meet in one part and are scored once; a part is a file,
@@ -14,6 +15,7 @@ order than they came: keep a column that names them.
 import argparse
 import csv
 import hashlib
+import importlib.util
 import io
 import json
 import os
@@ -49,7 +51,10 @@ CPUS_A_WORKER = 0.25
 
 @dataclass(frozen=True)
 class Job:
-    """What every worker knows. output: a path of its fsspec file system. run: a folder that each machine has."""
+    """What every worker knows. output: a path of its fsspec file system. run: a folder that each machine has.
+
+    gpus: of a worker; 0 on a CPU.
+    """
 
     kind: str
     text_column: str
@@ -57,6 +62,7 @@ class Job:
     protocol: str
     run: str
     hosts: tuple[str, ...]
+    gpus: int
     provenance: dict
     parts: int
 
@@ -101,11 +107,14 @@ class Score:
         if job.hosts:
             self._probabilities = _through_ollama(job, tuple(settings["label_tokens"]))
             return
+        if export.sha256_of(scoring.weights_path(run)) != job.provenance["weights_sha256"]:
+            raise UserError(f"{run} has other weights on this machine than where the run began")
+        if job.provenance["engine"] == "vllm":
+            self._probabilities = scoring.load_vllm(run, max(1, job.gpus)).label_probabilities
+            return
         import torch
 
         torch.set_num_threads(1)
-        if export.sha256_of(scoring.weights_path(run)) != job.provenance["weights_sha256"]:
-            raise UserError(f"{run} has other weights on this machine than where the run began")
         self._probabilities = scoring.load(run, self._calibration).label_probabilities
 
     def __call__(self, rows):
@@ -232,6 +241,8 @@ def run(
     text_column: str = "text",
     model_dir: str = "results/smollm2-135m",
     hosts: Sequence[str] = (),
+    vllm: bool = False,
+    gpus_a_worker: int = 1,
     address: str | None = None,
     workers: int | None = None,
     rows_a_part: int | None = None,
@@ -241,9 +252,17 @@ def run(
     Returns what _provenance.json then holds and, where something was left to score, `scored`: how many rows, distinct
     texts among them, and seconds from the first part's begin to the last one's end.
 
-    workers: processes; by default one for each GPU of the cluster, or else for each CPU.
-    Raises UserError: no such input or column, an output of another input or model, or no model.
+    hosts, vllm: what computes; by default transformers. workers: processes; by default so many as the cluster's GPUs
+    allow, or else one for each CPU.
+    Raises UserError: no such input or column, an output of another input or model, no model or no engine.
     """
+    engine = "ollama" if hosts else "vllm" if vllm else "transformers"
+    if vllm and hosts:
+        raise UserError("either Ollama hosts or vLLM compute, not both")
+    if vllm and not importlib.util.find_spec("vllm"):
+        raise UserError("vllm is not installed: pip install '.[vllm]', in an environment without the train extra")
+    if gpus_a_worker > 1 and not vllm:
+        raise UserError("only vLLM puts a model on several GPUs: --vllm")
     ray = _ray(address)
     fs, files, kind = _files(source)
     columns = _columns(fs, files[0], kind)
@@ -252,9 +271,12 @@ def run(
     if taken := set(columns) & {*COLUMNS, "part"}:
         raise UserError(f"{source} has columns that would be added: {', '.join(sorted(taken))}; rename them")
     resources = ray.cluster_resources()
-    gpus = int(resources.get("GPU", 0))
-    workers = workers or (1 if hosts else gpus or int(resources["CPU"]))
+    gpus = 0 if hosts else int(resources.get("GPU", 0))
+    if 0 < gpus < gpus_a_worker:
+        raise UserError(f"a worker was to have {gpus_a_worker} GPUs, and there are {gpus}")
+    workers = workers or (1 if hosts else gpus // gpus_a_worker or int(resources["CPU"]))
     provenance = _provenance(Path(model_dir), tuple(hosts)) | {
+        "engine": engine,
         "text_column": text_column,
         "input": hashlib.sha256(json.dumps([[path, fs.size(path)] for path in files]).encode()).hexdigest(),
     }
@@ -264,7 +286,7 @@ def run(
     if state is None:
         print("counting rows ...", file=sys.stderr, flush=True)
         counts = _count(table, kind, text_column)
-        per_part = rows_a_part or ROWS_A_PART["gpu" if gpus and not hosts else "cpu"]
+        per_part = rows_a_part or ROWS_A_PART["gpu" if gpus else "cpu"]
         parts = min(BUCKETS, max(1, -(-int(counts.sum()) // per_part)))
         by_part = np.bincount(np.arange(BUCKETS) * parts // BUCKETS, counts, minlength=parts)
         state = provenance | {"finished": False, "rows": by_part.astype(int).tolist()}
@@ -277,13 +299,14 @@ def run(
         protocol=out.protocol if isinstance(out.protocol, str) else out.protocol[0],
         run=str(Path(model_dir).resolve()),
         hosts=tuple(hosts),
+        gpus=gpus_a_worker if gpus else 0,
         provenance=provenance,
         parts=len(expected),
     )
     left = np.array([rows > 0 and not out.exists(job.path(part)) for part, rows in enumerate(expected)])
     scored = {}
     if left.any():
-        scored = _score(ray, table, job, left, expected, workers, on_gpu=bool(gpus and not hosts))
+        scored = _score(ray, table, job, left, expected, workers)
     for path in out.glob(f"{folder}/_*"):  # what killed workers left
         if not path.endswith(PROVENANCE):
             out.rm(path)
@@ -292,7 +315,7 @@ def run(
     return state | ({"scored": scored} if scored else {})
 
 
-def _score(ray, table, job: Job, left: np.ndarray, expected: list[int], workers: int, on_gpu: bool) -> dict:
+def _score(ray, table, job: Job, left: np.ndarray, expected: list[int], workers: int) -> dict:
     from tqdm import tqdm
 
     scored = (
@@ -302,9 +325,9 @@ def _score(ray, table, job: Job, left: np.ndarray, expected: list[int], workers:
             Score,
             fn_constructor_args=[job],
             batch_format="pyarrow",
-            concurrency=workers,
+            concurrency=min(workers, int(left.sum())),
             scheduling_strategy="SPREAD",
-            **({"num_gpus": 1} if on_gpu else {"num_cpus": CPUS_A_WORKER}),
+            **({"num_gpus": job.gpus} if job.gpus else {"num_cpus": CPUS_A_WORKER}),
         )
     )
     total, done = sum(expected), sum(rows for rows, is_left in zip(expected, left, strict=True) if not is_left)
@@ -439,7 +462,6 @@ def _provenance(run: Path, hosts: tuple[str, ...]) -> dict:
         "weights_sha256": weights,
         "prompt_version": task.PROMPT_VERSION,
         "calibration": calibration and calibration.version,
-        "engine": "ollama" if hosts else "transformers",
     }
 
 
@@ -482,6 +504,8 @@ def main() -> None:
     parser.add_argument(
         "--ollama", metavar="HOST,HOST", help="let these Ollama hosts compute, which have the run's model"
     )
+    parser.add_argument("--vllm", action="store_true", help="let vLLM compute: pip install '.[vllm]'")
+    parser.add_argument("--gpus-per-worker", type=int, default=1, help="split the model over so many GPUs; with --vllm")
     parser.add_argument("--address", help="of a Ray cluster, or `auto`; without it Ray runs here, for the moment")
     parser.add_argument("--workers", type=int, help="default: one a GPU of the cluster, or else one a CPU")
     parser.add_argument(
@@ -495,6 +519,8 @@ def main() -> None:
             text_column=arguments.text_column,
             model_dir=arguments.model_dir,
             hosts=[host for host in (arguments.ollama or "").split(",") if host],
+            vllm=arguments.vllm,
+            gpus_a_worker=arguments.gpus_per_worker,
             address=arguments.address,
             workers=arguments.workers,
             rows_a_part=arguments.rows_per_part,

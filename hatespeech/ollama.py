@@ -1,6 +1,7 @@
 """The client: classify a text with one call of Ollama. The only module that knows Ollama's API.
 
-https://docs.ollama.com/api/generate; log-probabilities need Ollama 0.12.11 or later.
+https://docs.ollama.com/api/chat; log-probabilities need Ollama 0.12.11 or later. /api/generate would give the same, but
+in Ollama 0.24 it reads the model file's metadata three times for each request, 15 ms each, where /api/chat does twice.
 """
 
 import os
@@ -145,10 +146,10 @@ class Ollama:
         """
         answer = self._call(
             "POST",
-            "/api/generate",
+            "/api/chat",
             {
                 "model": self.model,
-                "prompt": task.spell_out(text),
+                "messages": [{"role": "user", "content": task.spell_out(text)}],
                 "stream": False,
                 "logprobs": True,
                 "top_logprobs": 20,

@@ -1,12 +1,15 @@
-"""Many texts at once: a run's model.gguf, the very weights that Ollama serves, through transformers on a GPU or a CPU.
+"""Many texts at once: a run's model.gguf, the very weights that Ollama serves, through transformers or vLLM.
 
-One forward pass decides, as in serving, and the instruction that all prompts begin with is not computed for each: a GPU
-takes prompts packed behind one copy (packing.py), its layers compiled; a CPU, without FlexAttention, keeps the
-instruction's keys and values, and makes batches of prompts of like length.
+One forward pass decides, as in serving, and the instruction that all prompts begin with is not computed for each. With
+transformers a GPU takes prompts packed behind one copy (packing.py), its layers compiled; a CPU, without FlexAttention,
+keeps the instruction's keys and values, and makes batches of prompts of like length. vLLM keeps them in its prefix
+cache; it can split a model over several GPUs.
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,26 +18,48 @@ import numpy as np
 from hatespeech import UserError, packing, task, tuning
 from hatespeech.calibration import Calibration, softmax
 
-# Texts encoded while a GPU computes those before, and what a forward pass takes.
+# Texts encoded while a GPU computes those before, and what a forward pass takes. On a GPU launching costs a small model
+# more than computing, and a large one's activations need memory (7 billion parameters with 65,536 tokens: 21 GB); on a
+# CPU the fewer, the less padding.
 ENCODED_AT_ONCE = 4_096
-TOKENS_AT_ONCE = {"cuda": 65_536, "cpu": 2_048}
+TOKENS_AT_ONCE = {"cuda": 131_072, "cpu": 512}
+LARGE_MODEL, TOKENS_OF_LARGE = 1_000_000_000, 65_536
 # FlexAttention's, here smaller than in training: a prompt has some 45 tokens of its own.
 BLOCK = 64
 # On a CPU that multiplies bfloat16, which moves a probability by 0.004 on average: what comes so near to a tie is
 # computed again in float32.
 NEAR_TIE = 0.02
+# Of a CPU's memory, what vLLM may take; of a GPU's it takes its own default.
+VLLM_CPU_MEMORY = 0.25
 
 
 def load(run: Path, calibration: Calibration | None) -> "Scorer":
     """The scorer of a run's folder. Raises UserError where it has no model.gguf, or transformers can't read it."""
     import torch
+
+    model, tokenizer = _read(run)
+    return Scorer(model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer, calibration)
+
+
+def load_vllm(run: Path, gpus: int = 1) -> "VLLM":
+    """load, with vLLM, the model split over so many GPUs."""
+    model, tokenizer = _read(run)
+    model.hf_quantizer = None  # its tensors are plain once read, but transformers would not save what was a GGUF
+    del model.config.quantization_config
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        del model
+        return VLLM(folder, tokenizer, gpus)
+
+
+def _read(run: Path):
+    import torch
     from transformers import AutoModelForCausalLM
 
     path = weights_path(run)
-    device, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)
     tokenizer = tuning.load_tokenizer(str(path))
-    model = AutoModelForCausalLM.from_pretrained(run, gguf_file=path.name, dtype=dtype).to(device)
-    return Scorer(model, tokenizer, calibration)
+    dtype = torch.float16 if torch.cuda.is_available() else torch.float32
+    return AutoModelForCausalLM.from_pretrained(run, gguf_file=path.name, dtype=dtype), tokenizer
 
 
 def weights_path(run: Path) -> Path:
@@ -42,6 +67,17 @@ def weights_path(run: Path) -> Path:
     if not path.exists():
         raise UserError(f"{run} has no model.gguf yet: `MODEL_DIR={run} ./bootstrap.sh` makes it")
     return path
+
+
+def encoder(tokenizer) -> Callable[[Sequence[str]], list[list[int]]]:
+    """tuning.encode, without the masks and types that transformers makes beside.
+
+    On a copy: transformers leaves a tokenizer padding after it was once asked to pad.
+    """
+    backend = copy.deepcopy(tokenizer.backend_tokenizer)
+    backend.no_padding()
+    backend.no_truncation()
+    return lambda texts: [each.ids for each in backend.encode_batch_fast([task.prompt(text) for text in texts])]
 
 
 class Scorer:
@@ -53,7 +89,7 @@ class Scorer:
     def __init__(self, model, tokenizer, calibration: Calibration | None = None):
         import torch
 
-        self._tokenizer, self._calibration = tokenizer, calibration
+        self._encode, self._calibration = encoder(tokenizer), calibration
         if (getattr(model.config, "sliding_window", None) or task.CONTEXT_TOKENS) < task.CONTEXT_TOKENS:
             raise UserError(f"{model.config.model_type}: its attention's window is shorter than a prompt may be")
         labels = list(tuning.label_ids(tokenizer))
@@ -94,18 +130,14 @@ class Scorer:
             for found, computed in launched:  # the GPU is waited for once, when all is launched
                 logits[found] = computed.float().cpu().numpy()
 
-    def _encode(self, texts: list[str]) -> list[list[int]]:
-        """tuning.encode, without the masks and types that transformers makes beside."""
-        prompts = [task.prompt(text) for text in texts]
-        return [encoding.ids for encoding in self._tokenizer.backend_tokenizer.encode_batch_fast(prompts)]
-
 
 class _Packed:
     """Forward passes over prompts packed behind one copy of what they share; the layers, attention too, compiled."""
 
     def __init__(self, model, labels: list[int]):
         self._decoder, self._head = model.get_decoder(), model.get_output_embeddings().weight[labels].detach()
-        self._device, self._tokens = self._head.device, TOKENS_AT_ONCE["cuda"]
+        is_large = sum(p.numel() for p in model.parameters()) > LARGE_MODEL
+        self._device, self._tokens = self._head.device, TOKENS_OF_LARGE if is_large else TOKENS_AT_ONCE["cuda"]
         model.set_attn_implementation("flex_attention")
         for layer in self._decoder.layers:
             layer.compile(dynamic=True)
@@ -165,10 +197,11 @@ class _Prefixed:
         import torch
 
         length = ids.shape[1]
+        unseen = torch.full((length, shared + length), -torch.inf, dtype=self._head.dtype)
         hidden = self._decoder(
             input_ids=ids,
             position_ids=torch.arange(shared, shared + length)[None],
-            attention_mask=torch.ones(length, shared + length, dtype=torch.bool).tril(shared)[None, None],
+            attention_mask=unseen.triu(shared + 1)[None, None],
             use_cache=False,
         )[0]
         return torch.nn.functional.linear(hidden[torch.arange(len(ids)), ends], self._head)
@@ -183,7 +216,50 @@ def _attend(module, query, key, value, attention_mask, scaling=None, **_):
         torch.cat([kept[:, :, :n_shared].expand(len(query), -1, -1, -1), own], dim=2)
         for kept, own in zip(module.shared, (key, value), strict=True)
     )
-    attended = torch.nn.functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=True
-    )
-    return attended.transpose(1, 2).contiguous(), None
+    # By hand: of so short prompts torch's own takes a CPU twice as long in bfloat16.
+    grouped = (*key.shape[:2], -1, key.shape[-1])
+    scores = query.reshape(grouped) @ key.transpose(2, 3)
+    scores = scores.unflatten(2, (-1, query.shape[2])) * scaling + attention_mask
+    attended = scores.softmax(dim=-1).flatten(2, 3) @ value
+    return attended.view(query.shape).transpose(1, 2).contiguous(), None
+
+
+class VLLM:
+    """Label probabilities of a causal language model through vLLM. https://docs.vllm.ai/en/latest/api/vllm/
+
+    folder: the model's, as transformers saves it. gpus: the model is split over so many.
+    """
+
+    def __init__(self, folder: str, tokenizer, gpus: int = 1):
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        import torch
+        from transformers import AutoConfig
+        from vllm import LLM, SamplingParams
+
+        self._encode, self._labels = encoder(tokenizer), list(tuning.label_ids(tokenizer))
+        self._sampling = SamplingParams(max_tokens=1, logprob_token_ids=self._labels, detokenize=False)
+        # vLLM counts the answer's one token in.
+        self._tokens = min(task.CONTEXT_TOKENS, AutoConfig.from_pretrained(folder).max_position_embeddings - 1)
+        cuda = torch.cuda.is_available()
+        on_cpu = {"gpu_memory_utilization": VLLM_CPU_MEMORY, "enforce_eager": True}
+        self._engine = LLM(
+            folder,
+            dtype="float16" if cuda else "float32",
+            tensor_parallel_size=gpus,
+            max_model_len=self._tokens + 1,
+            skip_tokenizer_init=True,
+            enable_prefix_caching=True,
+            **({} if cuda else on_cpu),
+        )
+
+    def label_probabilities(self, texts: Sequence[str]) -> np.ndarray:
+        """Scorer.label_probabilities."""
+        prompts = self._encode(texts)
+        fit = [number for number, ids in enumerate(prompts) if len(ids) <= self._tokens]
+        asked = [{"prompt_token_ids": prompts[number]} for number in fit]
+        logprobs = np.full((len(texts), len(self._labels)), np.nan)
+        for number, answer in zip(fit, self._engine.generate(asked, self._sampling, use_tqdm=False), strict=True):
+            first = answer.outputs[0].logprobs[0]
+            logprobs[number] = [first[label].logprob for label in self._labels]
+        return softmax(logprobs)

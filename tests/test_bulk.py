@@ -1,5 +1,6 @@
 """Bulk scoring on a real Ray, with the shipped model: the service's answers, no row lost or twice, whatever dies."""
 
+import importlib.util
 import json
 import os
 import signal
@@ -89,6 +90,21 @@ def test_each_kind_of_file_keeps_its_rows_and_gets_answers(ray, rows, run, serve
     assert {path: path.stat().st_mtime_ns for path in output.glob("part-*")} == before
 
 
+def test_vllm_gives_the_services_answers(ray, rows, run, server, tmp_path):
+    """Where vLLM is installed; tests/test_scoring.py has it alone."""
+    pytest.importorskip("vllm", reason="vLLM pins a torch of its own: pip install '.[vllm]' in another environment")
+    rows.to_parquet(tmp_path / "in.parquet")
+    state = bulk.run(str(tmp_path / "in.parquet"), str(tmp_path / "out"), model_dir=str(run), vllm=True, workers=1)
+    assert state["engine"] == "vllm"
+    found, calibration = written(tmp_path / "out", ".parquet"), Calibration.load(run / "calibration.json")
+    served = calibration.apply(np.array([server.classify(text).probabilities for text in rows["text"][:16]]))
+    scored = found[[f"p_{label.lower()}" for label in task.LABELS]][:16].to_numpy(dtype=float)
+    apart = np.abs(scored - served)
+    print(f"vLLM's probabilities differ from Ollama's by {apart.mean():.4f} on average, {apart.max():.4f} at most")
+    assert apart.max() < 0.06
+    assert "too long" in found["error"][17]
+
+
 def test_equal_texts_meet_in_one_part_and_are_scored_once(monkeypatch, run):
     import pyarrow
 
@@ -113,7 +129,7 @@ def test_equal_texts_meet_in_one_part_and_are_scored_once(monkeypatch, run):
     assert [line.partition(",")[0].strip('"') for line in lines] == ["text", *texts]
 
 
-def test_what_can_not_be_done_is_told_before_it_begins(ray, run, server, ollama_host, tmp_path):
+def test_what_can_not_be_done_is_told_before_it_begins(ray, run, server, ollama_host, tmp_path, monkeypatch):
     options = {"model_dir": str(run), "hosts": [ollama_host]}
     with pytest.raises(UserError, match="not a file or a folder of files"):
         bulk.run(str(tmp_path / "none"), str(tmp_path / "out"), **options)
@@ -128,6 +144,13 @@ def test_what_can_not_be_done_is_told_before_it_begins(ray, run, server, ollama_
     source.write_text("id,words\n1,other words now\n")
     with pytest.raises(UserError, match="begun with another input"):
         bulk.run(str(source), str(tmp_path / "out"), text_column="words", **options)
+    with pytest.raises(UserError, match="only vLLM puts a model on several GPUs"):
+        bulk.run(str(source), str(tmp_path / "out"), gpus_a_worker=2, **options)
+    with pytest.raises(UserError, match="either Ollama hosts or vLLM"):
+        bulk.run(str(source), str(tmp_path / "out"), vllm=True, **options)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"vllm is not installed: pip install"):
+        bulk.run(str(source), str(tmp_path / "out"), vllm=True)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "letter.txt").write_text("not ours")
     with pytest.raises(UserError, match="is not empty"):

@@ -16,9 +16,10 @@ from tests.test_data import GOLD
 
 @pytest.fixture(scope="module")
 def model(tokenizer):
-    """A tiny one of random weights, its logits far apart."""
+    """A tiny one of random weights, its logits far apart; vLLM takes no heads as small as its own."""
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(vocab_size=len(tokenizer), initializer_range=0.3, **SHAPES["tiny"])
+    shape = SHAPES["tiny"] | {"head_dim": 64, "initializer_range": 0.3}
+    config = transformers.LlamaConfig(vocab_size=len(tokenizer), **shape)
     return transformers.LlamaForCausalLM(config).eval()
 
 
@@ -59,6 +60,25 @@ def test_the_gpus_way_computes_what_one_at_a_time_does(model, tokenizer, texts, 
     labels, prompts = list(tuning.label_ids(tokenizer)), tuning.encode(tokenizer, texts)
     packed = scoring._Packed(copy.deepcopy(model), labels)
     assert np.abs(all_logits(packed, prompts) - expected).max() < 1e-4
+
+
+def test_vllm_computes_what_one_at_a_time_does(model, tokenizer, texts, expected, tmp_path):
+    pytest.importorskip("vllm", reason="vLLM pins a torch of its own: pip install '.[vllm]' in another environment")
+    model.save_pretrained(tmp_path)
+    found = scoring.VLLM(str(tmp_path), tokenizer).label_probabilities([*texts, "word " * 3000])
+    assert np.isnan(found[-1]).all()
+    apart = np.abs(found[:-1] - softmax(expected)).max()
+    print(f"vLLM's probabilities differ by {apart:.1e} at most")
+    assert apart < 1e-3
+
+
+def test_a_tokenizer_once_asked_to_pad_changes_nothing(tokenizer, texts):
+    padding = copy.deepcopy(tokenizer)
+    padding.pad_token, padding.padding_side = padding.eos_token, "left"
+    padding(texts, padding=True)
+    encode = scoring.encoder(padding)
+    padding(texts, padding=True)
+    assert encode(texts) == tuning.encode(tokenizer, texts)
 
 
 def test_near_ties_are_computed_in_float32(model, tokenizer, texts, expected, monkeypatch):

@@ -4,17 +4,20 @@
     python -m tests.benchmarks.bulk --quick    # a CPU, a tiny model, prints only
 
 On a CPU, the shipped model: the service with four clients, scoring.py and `python -m hatespeech.bulk` with one worker
-and with two. On a GPU, scoring.py and transformers batch after batch: random weights of the named shapes, in
-float16, TFLOP/s are those of the texts' own tokens, and a figure is the median of three. Texts are silver comments, no
-two alike; encoding and copying them is in the time, starting and compiling is not.
+and with two. On a GPU, scoring.py, transformers batch after batch and, where it is installed, vLLM: random weights of
+the named shapes, in float16, TFLOP/s are those of the texts' own tokens, and a figure is the median of three. Texts are
+silver comments, no two alike; encoding and copying them is in the time, starting and compiling is not.
 """
 
 import argparse
+import importlib.metadata
+import importlib.util
 import json
 import os
 import signal
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -44,31 +47,61 @@ def batch_after_batch(model, tokenizer, texts: list[str]) -> None:
     torch.cat(found).cpu()
 
 
+def median_rate(compute: Callable[[list[str]], object], texts: list[str], few: int) -> float:
+    """Texts a second, the median of three passes, after two over a few texts, which compile."""
+    seconds = []
+    for some in (texts[:few], texts[:few], texts, texts, texts):
+        started = time.monotonic()
+        compute(some)
+        seconds.append(time.monotonic() - started)
+    print(f"{len(texts)} texts in", *(f"{each:.2f}" for each in seconds[2:]), "s", flush=True)
+    return len(texts) / sorted(seconds[2:])[1]
+
+
+def vllm_rate(model, tokenizer, texts: list[str]) -> float:
+    """Of scoring.VLLM, which forgets its prefixes before each pass, since it would know the same texts again.
+
+    It has the GPU to itself, in a process of its own.
+    """
+    device = model.device
+    with tempfile.TemporaryDirectory() as folder:
+        model.to("cpu").save_pretrained(folder)
+        torch.cuda.empty_cache()
+        engine = scoring.VLLM(folder, tokenizer)
+
+        def compute(some: list[str]) -> None:
+            engine._engine.reset_prefix_cache()
+            engine.label_probabilities(some)
+
+        rate = median_rate(compute, texts, len(texts) // 2)
+    engine._engine.llm_engine.engine_core.shutdown()
+    model.to(device)
+    return rate
+
+
 def measure_gpu(workload: str, tokenizer, texts: list[str]) -> list[dict]:
-    """A row for each way, both with one model, the texts' own tokens in TFLOP/s."""
-    dtype, rows = torch.float16 if torch.cuda.is_available() else torch.float32, []
-    model = random_model(workload, tokenizer, dtype).eval()
-    ways = {f"transformers, batches of {BATCH}": lambda some: batch_after_batch(model, tokenizer, some)}
-    few = len(texts) // 8
-    for way in [*ways, "ours"]:
-        if way == "ours":  # changes the model's attention
-            scorer = scoring.Scorer(model, tokenizer)
-            ways[way] = scorer.label_probabilities
-        some = texts if way == "ours" else texts[:few]
-        seconds = []
-        for texts_now in (some[:few], some[:few], some, some, some):  # the first two compile
-            started = time.monotonic()
-            ways[way](texts_now)
-            seconds.append(time.monotonic() - started)
-        seconds = sorted(seconds[2:])[1]
-        rows.append({"workload": workload, "way": way, "texts": len(some), "texts_per_s": len(some) / seconds})
+    """A row for each way, all with one model, the texts' own tokens in TFLOP/s. The slower ways get fewer texts."""
+    dtype = torch.float16 if torch.cuda.is_available() else torch.float32
+    model, few = random_model(workload, tokenizer, dtype).eval(), texts[: len(texts) // 8]
+    rates = {
+        f"transformers, batches of {BATCH}": median_rate(
+            lambda some: batch_after_batch(model, tokenizer, some), few, len(few) // 8
+        )
+    }
+    if importlib.util.find_spec("vllm"):
+        rates["vLLM"] = vllm_rate(model, tokenizer, few)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    rates["ours"] = median_rate(scoring.Scorer(model, tokenizer).label_probabilities, texts, len(few))
+    rows = [{"workload": workload, "way": way, "texts_per_s": rate} for way, rate in rates.items()]
+    print(rates, flush=True)
     prompts = tuning.encode(tokenizer, texts[:2048])
     tokens = sum(map(len, prompts)) / len(prompts)
     own = tokens - packing.shared_tokens(prompts)
     for row in rows:
         row |= {"tokens_a_text": tokens, "tflops": 2 * linear_weights(workload) * own * row["texts_per_s"] / 1e12}
-        if torch.cuda.is_available():
-            row["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    if torch.cuda.is_available():
+        rows[-1]["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
     return rows
 
 
@@ -116,6 +149,10 @@ def measure_cpu(texts: list[str]) -> list[dict]:
     return [{"workload": "SmolLM2-135M"} | row for row in rows]
 
 
+def vllm_version() -> dict[str, str]:
+    return {"vllm": importlib.metadata.version("vllm")} if importlib.util.find_spec("vllm") else {}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a tiny model on a CPU; nothing is stored")
@@ -126,7 +163,7 @@ def main() -> None:
     cuda = torch.cuda.is_available()
     if cuda or arguments.quick:
         texts = [f"{text} {copy}" for copy in range(6) for text in silver]
-        sizes = {"SmolLM2-135M": len(texts), "Mistral-7B": 16_384} if cuda else {"tiny": 128}
+        sizes = {"SmolLM2-135M": len(texts), "Mistral-7B": 8_192} if cuda else {"tiny": 128}
         for workload, n_texts in sizes.items():
             rows += measure_gpu(workload, tokenizer, texts[:n_texts])
     else:
@@ -141,7 +178,7 @@ def main() -> None:
         "command": "python -m tests.benchmarks.bulk",
         "commit": train.commit(),
         "hardware": tuning.hardware(),
-        "versions": train.versions(),
+        "versions": train.versions() | vllm_version(),
         "rows": rows,
     }
     export.write_json(path, stored)

@@ -73,13 +73,15 @@ def load(calls: dict[str, Callable[[str], None]], texts: list[str], clients: int
 
 
 def start_app(host: str, scratch: str) -> tuple[subprocess.Popen, str, float]:
-    """gunicorn as bootstrap.sh starts it: its process, URL and the seconds to its first answer."""
+    """gunicorn as bootstrap.sh starts it, its log in a file: its process, URL and the seconds to its first answer."""
     address = f"127.0.0.1:{free_port()}"
     environment = os.environ | {"OLLAMA_HOST": host, "MODEL_DIR": str(RUN)}
     environment |= {"DATABASE_URL": f"sqlite:///{scratch}/requests.sqlite3"}
     command = [sys.executable, "-m", "gunicorn", "--config", "python:hatespeech.gunicorn_conf", "--bind", address]
     started = time.monotonic()
-    process = subprocess.Popen([*command, "app:create_app()"], cwd=ROOT, env=environment, start_new_session=True)
+    options = {"cwd": ROOT, "env": environment, "start_new_session": True}
+    with open(f"{scratch}/app.log", "w") as log:
+        process = subprocess.Popen([*command, "app:create_app()"], stderr=log, **options)
     while True:
         try:
             requests.post(f"http://{address}/infer", data="some text", timeout=60).raise_for_status()
@@ -93,9 +95,10 @@ def profile(host: str, model: str, texts: list[str]) -> dict:
     options = {"num_ctx": task.CONTEXT_TOKENS, "num_predict": 1}
     answers = []
     for text in texts:
-        body = {"model": model, "prompt": task.spell_out(text), "stream": False, "options": options}
+        messages = [{"role": "user", "content": task.spell_out(text)}]
+        body = {"model": model, "messages": messages, "stream": False, "options": options}
         body |= {"logprobs": True, "top_logprobs": 20, "keep_alive": -1}
-        answers.append(requests.post(f"{ollama.base_url(host)}/api/generate", json=body, timeout=60).json())
+        answers.append(requests.post(f"{ollama.base_url(host)}/api/chat", json=body, timeout=60).json())
     means = {
         name: np.mean([answer[f"{name}_duration"] for answer in answers]) for name in ("load", "prompt_eval", "total")
     }
