@@ -101,8 +101,8 @@ class Score:
 
     def __init__(self, job: Job):
         self._job, self._fs, run = job, job.filesystem(), Path(job.run)
-        settings, stored = export.read_settings(run), run / "calibration.json"
-        self._calibration = Calibration.load(stored) if job.provenance["calibration"] else None
+        settings = export.read_settings(run)
+        self._calibration = Calibration.of_run(run) if job.provenance["calibration"] else None
         self._class_scores = np.array(self._calibration.class_scores if self._calibration else settings["class_scores"])
         if job.hosts:
             self._probabilities = _through_ollama(job, tuple(settings["label_tokens"]))
@@ -275,8 +275,7 @@ def run(
     if 0 < gpus < gpus_a_worker:
         raise UserError(f"a worker was to have {gpus_a_worker} GPUs, and there are {gpus}")
     workers = workers or (1 if hosts else gpus // gpus_a_worker or int(resources["CPU"]))
-    provenance = _provenance(Path(model_dir), tuple(hosts)) | {
-        "engine": engine,
+    provenance = _provenance(Path(model_dir), tuple(hosts), engine) | {
         "text_column": text_column,
         "input": hashlib.sha256(json.dumps([[path, fs.size(path)] for path in files]).encode()).hexdigest(),
     }
@@ -441,8 +440,8 @@ def _read(ray, fs, files: list[str], kind: str, columns: list[str]):
     )
 
 
-def _provenance(run: Path, hosts: tuple[str, ...]) -> dict:
-    """Which model, prompt and calibration answer. UserError where the run or the hosts have no model."""
+def _provenance(run: Path, hosts: tuple[str, ...], engine: str) -> dict:
+    """Which model, prompt and calibration answer, through what. UserError where the run or the hosts have no model."""
     name = ollama.model_name(run)
     try:
         if hosts:
@@ -452,16 +451,15 @@ def _provenance(run: Path, hosts: tuple[str, ...]) -> dict:
             weights = export.sha256_of(scoring.weights_path(run))
     except ollama.OllamaError as error:
         raise UserError(str(error)) from error
-    path = run / "calibration.json"
-    calibration = Calibration.load(path) if path.exists() else None
-    if calibration is None or calibration.model_sha256 != weights:
-        print(f"uncalibrated: {path} is not there, or for other weights", file=sys.stderr)
-        calibration = None
+    calibration, why_not = Calibration.for_weights(Calibration.of_run(run), weights)
+    if why_not:
+        print(f"uncalibrated: {why_not}", file=sys.stderr)
     return {
         "model": name,
         "weights_sha256": weights,
         "prompt_version": task.PROMPT_VERSION,
         "calibration": calibration and calibration.version,
+        "engine": engine,
     }
 
 

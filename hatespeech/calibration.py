@@ -57,6 +57,21 @@ class Calibration:
         stored = json.loads(path.read_text())
         return cls(**stored | {name: tuple(stored[name]) for name in ("biases", "class_scores")})
 
+    @classmethod
+    def of_run(cls, run: Path) -> "Calibration | None":
+        path = run / "calibration.json"
+        return cls.load(path) if path.exists() else None
+
+    @staticmethod
+    def for_weights(stored: "Calibration | None", weights_sha256: str) -> tuple["Calibration | None", str]:
+        """A run's calibration, if it was fitted for the weights that answer; else None and why."""
+        if stored is None:
+            return None, "the run's folder holds no calibration.json"
+        if weights_sha256 != stored.model_sha256:
+            weights = f"{str(stored.model_sha256)[:12]}, and {weights_sha256[:12]} answer"
+            return None, f"calibration.json was fitted for the weights {weights}"
+        return stored, ""
+
 
 # The share of the calibration comments that gets an answer without abstention: the surest four in five.
 COVERAGE = 0.8

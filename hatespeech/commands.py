@@ -93,16 +93,14 @@ def register(app: Flask, store: Store, service: Service) -> None:
     @click.option("--model-dir", type=click.Path(exists=True, file_okay=False, path_type=Path), required=True)
     def replay(model_dir: Path) -> None:
         """Ask another run, which Ollama must serve, about the logged texts, and report what would change."""
-        path = model_dir / "calibration.json"
         changes, n_texts = Counter(), 0
         try:
             tokens = tuple(export.read_settings(model_dir)["label_tokens"])
             timeout_s = float(app.config["OLLAMA_TIMEOUT_S"])
             other = Ollama(app.config["OLLAMA_HOST"], model_name(model_dir), tokens, timeout_s)
-            calibration = Calibration.load(path) if path.exists() else None
-            if calibration and calibration.model_sha256 != other.weights_sha256():
-                calibration = None
-                click.echo("its calibration.json is for other weights: uncalibrated", err=True)
+            calibration, why_not = Calibration.for_weights(Calibration.of_run(model_dir), other.weights_sha256())
+            if why_not:
+                click.echo(f"uncalibrated: {why_not}", err=True)
             for asked in tqdm(store.answered(), desc="replaying", unit="text"):
                 probabilities = other.classify(asked.text).probabilities
                 probabilities = calibration.apply(probabilities) if calibration else probabilities

@@ -87,19 +87,7 @@ class Service:
 
     def __init__(self, run: Path, ollama: Hosts, store: Store, gate: Gate, class_scores: tuple[float, float, float]):
         self.ollama, self.store, self.gate, self.class_scores = ollama, store, gate, class_scores
-        path = run / "calibration.json"
-        self._stored = Calibration.load(path) if path.exists() else None
-
-    def calibration_for(self, weights_sha256: str) -> tuple[Calibration | None, str]:
-        """The calibration for a model of these weights, or None and why."""
-        if self._stored is None:
-            return None, "the run's folder holds no calibration.json"
-        if weights_sha256 != self._stored.model_sha256:
-            return None, (
-                f"calibration.json was fitted for the weights {str(self._stored.model_sha256)[:12]}, "
-                f"and Ollama serves {weights_sha256[:12]}"
-            )
-        return self._stored, ""
+        self._stored = Calibration.of_run(run)
 
     def classify(self, body: bytes, *, route: str, api_key: str | None = None, patient: bool = False) -> Answer:
         """Log, classify, log, answer. patient: for an item of a batch, which waits where a caller would be sent away.
@@ -118,7 +106,7 @@ class Service:
             text = text_of(body)
             with self.gate.place(patient):
                 prediction, digest, weights_sha256 = self.ollama.ask(text)
-            calibration, _ = self.calibration_for(weights_sha256)
+            calibration, _ = Calibration.for_weights(self._stored, weights_sha256)
         except Exception as error:
             status, reason = status_of(error)
             finish(status=REFUSED if status < 500 else FAILED, http_status=status, error=reason)
@@ -160,7 +148,7 @@ class Service:
         self.store.check()
         hosts = self.ollama.health()
         digest, weights_sha256 = self.ollama.model_served()
-        calibration, why_not = self.calibration_for(weights_sha256)
+        calibration, why_not = Calibration.for_weights(self._stored, weights_sha256)
         provenance = self._provenance(digest, calibration)
         return {"status": "OK", "model": provenance, "uncalibrated_because": why_not, "ollama": hosts}
 

@@ -120,8 +120,8 @@ def test_equal_texts_meet_in_one_part_and_are_scored_once(monkeypatch, run):
 
     monkeypatch.setattr(scoring, "load", load)
     monkeypatch.setattr(scoring, "weights_path", lambda run: run / "settings.json")
-    provenance = bulk._provenance(run, ())
-    job = bulk.Job(".csv", "text", "memory://out", "memory", str(run), (), provenance, parts=1)
+    provenance = bulk._provenance(run, (), "transformers")
+    job = bulk.Job(".csv", "text", "memory://out", "memory", str(run), (), gpus=0, provenance=provenance, parts=1)
     told = bulk.Score(job)(pyarrow.table({"text": texts, "part": [0] * 6}))
     assert asked == ["a", "b", "c"]
     assert told.select(["rows", "distinct"]).to_pylist() == [{"rows": 6, "distinct": 3}]

@@ -158,9 +158,10 @@ def test_every_figure_of_the_comparison_and_calibration_was_measured():
 
 def test_every_speed_was_measured():
     stored = json.loads((ROOT / "results" / "benchmarks" / "serving.json").read_text())
-    one = {row["path"]: row["requests_per_s"] for row in stored["rows"] if row["clients"] == 1}
-    assert f"answers {one['app']:.1f} requests a second" in README
-    assert f"directly {one['ollama']:.1f}" in README
+    one = {row["path"]: row for row in stored["rows"] if row["clients"] == 1}
+    assert f"answers {one['app']['requests_per_s']:.1f} requests a second" in README
+    assert f"directly {one['ollama']['requests_per_s']:.1f}" in README
+    assert f"HTTP take {one['app']['more_ms']:.0f} ms" in README
     profile = {name: f"{value:.0f}" for name, value in stored["profile"].items()}
     words = " ".join(README.split())
     assert f"Of the {profile['total_ms']} ms that a new text takes Ollama, {profile['prompt_eval_ms']} go" in words
