@@ -260,7 +260,7 @@ def run(
     if vllm and hosts:
         raise UserError("either Ollama hosts or vLLM compute, not both")
     if vllm and not importlib.util.find_spec("vllm"):
-        raise UserError("vllm is not installed: pip install '.[vllm]', in an environment without the train extra")
+        raise UserError("vllm is not installed: pip install '.[vllm]', in an environment of its own")
     if gpus_a_worker > 1 and not vllm:
         raise UserError("only vLLM puts a model on several GPUs: --vllm")
     ray = _ray(address)
