@@ -234,6 +234,15 @@ def test_environment_yml_is_the_train_extra():
     assert listed == ["-e .", *extras["train"]]
 
 
+def test_what_bulk_shares_with_training_is_pinned_alike():
+    """Looser, pip tries the newest first and goes back and forth for minutes."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    names = [{re.split("[=<>[]", requirement)[0] for requirement in extras[extra]} for extra in ("bulk", "train")]
+    assert {"torch", "transformers"} < set.intersection(*names)
+    for requirement in extras["bulk"]:
+        assert requirement in extras["train"] or requirement.startswith("ray")
+
+
 def test_top_level_is_as_agreed():
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     agreed = {
