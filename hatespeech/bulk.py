@@ -272,7 +272,7 @@ def run(
         raise UserError(f"{source} has columns that would be added: {', '.join(sorted(taken))}; rename them")
     resources = ray.cluster_resources()
     gpus = 0 if hosts else int(resources.get("GPU", 0))
-    if 0 < gpus < gpus_a_worker:
+    if not 1 <= gpus_a_worker <= max(1, gpus):
         raise UserError(f"a worker was to have {gpus_a_worker} GPUs, and there are {gpus}")
     workers = workers or (1 if hosts else gpus // gpus_a_worker or int(resources["CPU"]))
     provenance = _provenance(Path(model_dir), tuple(hosts), engine) | {

@@ -136,8 +136,8 @@ class _Packed:
 
     def __init__(self, model, labels: list[int]):
         self._decoder, self._head = model.get_decoder(), model.get_output_embeddings().weight[labels].detach()
-        is_large = sum(p.numel() for p in model.parameters()) > LARGE_MODEL
-        self._device, self._tokens = self._head.device, TOKENS_OF_LARGE if is_large else TOKENS_AT_ONCE["cuda"]
+        self._device = self._head.device
+        self._tokens = TOKENS_OF_LARGE if model.num_parameters() > LARGE_MODEL else TOKENS_AT_ONCE["cuda"]
         model.set_attn_implementation("flex_attention")
         for layer in self._decoder.layers:
             layer.compile(dynamic=True)

@@ -148,6 +148,9 @@ def test_what_can_not_be_done_is_told_before_it_begins(ray, run, server, ollama_
         bulk.run(str(source), str(tmp_path / "out"), gpus_a_worker=2, **options)
     with pytest.raises(UserError, match="either Ollama hosts or vLLM"):
         bulk.run(str(source), str(tmp_path / "out"), vllm=True, **options)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "vllm")
+    with pytest.raises(UserError, match="a worker was to have 2 GPUs, and there are 0"):
+        bulk.run(str(source), str(tmp_path / "out"), text_column="words", vllm=True, gpus_a_worker=2)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"vllm is not installed: pip install"):
         bulk.run(str(source), str(tmp_path / "out"), vllm=True)

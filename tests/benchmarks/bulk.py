@@ -94,7 +94,6 @@ def measure_gpu(workload: str, tokenizer, texts: list[str]) -> list[dict]:
         torch.cuda.reset_peak_memory_stats()
     rates["ours"] = median_rate(scoring.Scorer(model, tokenizer).label_probabilities, texts, len(few))
     rows = [{"workload": workload, "way": way, "texts_per_s": rate} for way, rate in rates.items()]
-    print(rates, flush=True)
     prompts = tuning.encode(tokenizer, texts[:2048])
     tokens = sum(map(len, prompts)) / len(prompts)
     own = tokens - packing.shared_tokens(prompts)
