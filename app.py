@@ -5,7 +5,7 @@
     curl localhost:5000/infer -d 'some text'
     flask --app app --help                          # keys, feedback export, classify, replay, purge
 
-A request to /infer goes: authorise() -> infer() -> Service.classify() in hatespeech/service.py -> here again.
+A request to /infer goes: auth.py, admit() -> infer() -> service.py, Service.classify() -> here again.
 """
 
 import json
@@ -17,14 +17,13 @@ import traceback
 import uuid
 from collections.abc import Iterator
 from http import HTTPStatus
-from ipaddress import ip_address
 from pathlib import Path
 
 from flask import Flask, Response, g, request, stream_with_context
 from sqlalchemy.exc import SQLAlchemyError
-from werkzeug.exceptions import BadRequest, Forbidden, HTTPException, NotFound, Unauthorized, UnsupportedMediaType
+from werkzeug.exceptions import BadRequest, HTTPException, NotFound, Unauthorized, UnsupportedMediaType
 
-from hatespeech import UserError, commands, export, openapi, pages, perspective, reporting, task
+from hatespeech import auth, commands, export, openapi, pages, perspective, reporting, task
 from hatespeech.hosts import Hosts
 from hatespeech.metrics import Metrics
 from hatespeech.ollama import Ollama, OllamaError, model_name
@@ -41,7 +40,9 @@ DEFAULTS = {
     "DATABASE_URL": f"sqlite:///{ROOT / '.data' / 'requests.sqlite3'}",
     "UPLOADS_DIR": str(ROOT / ".data" / "files"),  # files given to the page; deleted there
     "HOST": "127.0.0.1",  # where it listens: off loopback it asks for API keys
-    "REQUIRE_API_KEY": "",  # set it where a proxy on this machine serves others
+    "REQUIRE_API_KEY": "",  # set it to demand keys here too
+    "TRUSTED_HOSTS": "",  # names besides localhost that it may be asked by without a key, separated by commas
+    "TRUSTED_PROXIES": "",  # how many proxies stand before it, whose X-Forwarded-* headers then count
     "MAX_IN_FLIGHT": "4",  # requests at each Ollama at a time
     "MAX_QUEUE": "32",  # requests waiting for that
     "LOG_TEXT": "full",
@@ -72,13 +73,14 @@ def create_app(config: dict | None = None) -> Flask:
     if not access_log.handlers:
         access_log.addHandler(logging.StreamHandler())
     commands.register(app, store, service)
-    require_keys_off_loopback(app, store)
 
     @app.before_request
     def begin() -> None:
         g.started, offered = time.perf_counter(), request.headers.get("X-Request-Id", "")
         g.request_id = offered if re.fullmatch(r"[\w.:-]{1,64}", offered, re.ASCII) else uuid.uuid4().hex
         g.api_key = None
+
+    auth.register(app, store)
 
     @app.after_request
     def end(response: Response) -> Response:
@@ -95,22 +97,6 @@ def create_app(config: dict | None = None) -> Flask:
         line |= {"status": response.status_code, "duration_ms": round(duration_s * 1000, 1)}
         access_log.info(json.dumps(line))
         return response
-
-    def authorise(scope: str) -> None:
-        """Demand a key with this scope of everyone not on this machine; here, another service's key does no harm."""
-        sent = request.authorization  # a browser asks for a name and a password; the key is the password
-        basic = sent.password if sent and sent.type == "basic" else None
-        offered = (
-            basic or request.headers.get("Authorization", "").removeprefix("Bearer ") or request.args.get("key", "")
-        )
-        entry = store.key_named(offered) if offered else None
-        if entry is None:
-            if is_loopback(request.remote_addr or "") and not app.config["REQUIRE_API_KEY"]:
-                return
-            raise Unauthorized("an API key is needed: Authorization: Bearer KEY", www_authenticate=None)
-        if scope not in entry.scopes.split():
-            raise Forbidden(f"the key {entry.name} lacks the scope {scope}")
-        g.api_key = entry.name
 
     def body_read() -> bytes:
         """The request's body; one that can't be read is logged as refused."""
@@ -156,7 +142,6 @@ def create_app(config: dict | None = None) -> Flask:
                 application/json: {schema: {$ref: '#/components/schemas/Answer'}}
             default: {$ref: '#/components/responses/Problem'}
         """
-        authorise("infer")
         body = body_read()
         if request.mimetype_params.get("charset", "utf-8").lower() not in ("utf-8", "utf8"):
             raise UnsupportedMediaType("texts are UTF-8")
@@ -197,7 +182,6 @@ def create_app(config: dict | None = None) -> Flask:
               content: {application/x-ndjson: {schema: {type: string}}}
             default: {$ref: '#/components/responses/Problem'}
         """
-        authorise("infer")
         body = body_read()
         items = parsed(body) if request.mimetype == "application/json" else [parsed(line) for line in body.splitlines()]
         if not isinstance(items, list):
@@ -229,7 +213,6 @@ def create_app(config: dict | None = None) -> Flask:
             200: {description: attribute scores, content: {application/json: {schema: {type: object}}}}
             default: {description: an error as Google words it, content: {application/json: {schema: {type: object}}}}
         """
-        authorise("infer")
         body = body_read()
         value = parsed(body)
         try:
@@ -260,7 +243,6 @@ def create_app(config: dict | None = None) -> Flask:
             204: {description: kept}
             default: {$ref: '#/components/responses/Problem'}
         """
-        authorise("infer")
         value = parsed(body_read())
         if reason := openapi.flaw("Feedback", value):
             raise BadRequest(reason)
@@ -300,7 +282,6 @@ def create_app(config: dict | None = None) -> Flask:
             200: {description: counters and histograms, content: {text/plain: {schema: {type: string}}}}
             default: {$ref: '#/components/responses/Problem'}
         """
-        authorise("read")
         return Response(metrics.exposition(), mimetype="text/plain")
 
     @app.get("/report.json")
@@ -318,7 +299,6 @@ def create_app(config: dict | None = None) -> Flask:
             200: {description: all figures, content: {application/json: {schema: {type: object}}}}
             default: {$ref: '#/components/responses/Problem'}
         """
-        authorise("read")
         return as_json(reporting.report(store, pages.span_of(request.args), reference))
 
     @app.get("/openapi.json")
@@ -347,7 +327,8 @@ def create_app(config: dict | None = None) -> Flask:
             return as_json(perspective.error(detail, status, HTTPStatus(status).name), headers, status)
         return as_json(problem_of(status, detail), headers, status, "application/problem+json")
 
-    pages.register(app, service, store, uploads, reference, authorise, classified)
+    pages.register(app, service, store, uploads, reference, classified)
+    auth.require_scopes(app)
     return app
 
 
@@ -377,20 +358,3 @@ def as_json(value: object, headers: dict | None = None, status: int = 200, mimet
 def problem_of(status: int, detail: str | None) -> dict:
     """Problem details for HTTP APIs, RFC 9457."""
     return {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": int(status), "detail": detail}
-
-
-def is_loopback(address: str) -> bool:
-    try:
-        return address == "localhost" or ip_address(address).is_loopback
-    except ValueError:
-        return False
-
-
-def require_keys_off_loopback(app: Flask, store: Store) -> None:
-    """Refuse to start where others could reach a service that nobody has a key for."""
-    open_to_others = not is_loopback(app.config["HOST"]) or app.config["REQUIRE_API_KEY"]
-    if open_to_others and not store.api_keys():
-        raise UserError(
-            f"HOST={app.config['HOST']} is open to others, and there is no API key yet. "
-            "Make one: flask --app app keys create NAME --scopes infer,read"
-        )

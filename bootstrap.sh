@@ -27,7 +27,9 @@ Settings, from the environment:
   OLLAMA_TIMEOUT_S     seconds an answer of Ollama may take before the service says 503; now ${OLLAMA_TIMEOUT_S:-10}
   LOG_TEXT             what the log keeps of a text: full, hash (with a secret in LOG_HASH_KEY) or none; now ${LOG_TEXT:-full}
   MAX_IN_FLIGHT        requests at Ollama at a time; MAX_QUEUE more wait, the rest get 503; now ${MAX_IN_FLIGHT:-4} and ${MAX_QUEUE:-32}
-  REQUIRE_API_KEY      set it to demand keys on loopback too, behind a proxy
+  TRUSTED_PROXIES      how many proxies stand before the service; it then demands keys of all; now ${TRUSTED_PROXIES:-0}
+  TRUSTED_HOSTS        names besides localhost that it answers to without a key; now ${TRUSTED_HOSTS:-none}
+  REQUIRE_API_KEY      set it to demand keys on loopback too
   OLLAMA_MODELS        where Ollama keeps its models, if this script starts it; now ${OLLAMA_MODELS:-its own default}
   OLLAMA_DOWNLOAD_URL  where to fetch Ollama's release from; now $OLLAMA_DOWNLOAD_URL
 

@@ -14,12 +14,11 @@ from flask.cli import AppGroup
 from tqdm import tqdm
 
 from hatespeech import UserError, export, table, task
+from hatespeech.auth import SCOPES
 from hatespeech.calibration import Calibration
 from hatespeech.ollama import Ollama, OllamaError, model_name
 from hatespeech.service import Service
 from hatespeech.store import Store
-
-SCOPES = ("infer", "read")
 
 
 def register(app: Flask, store: Store, service: Service) -> None:
@@ -28,7 +27,12 @@ def register(app: Flask, store: Store, service: Service) -> None:
 
     @keys.command("create")
     @click.argument("name")
-    @click.option("--scopes", default="infer", show_default=True, help=f"Comma-separated: {', '.join(SCOPES)}.")
+    @click.option(
+        "--scopes",
+        default="infer",
+        show_default=True,
+        help="Separated by commas: infer (classify), read (figures and logged texts), review (decide on them).",
+    )
     def create(name: str, scopes: str) -> None:
         """Make a key and print it, this once. A key of the same name is replaced."""
         wanted = scopes.split(",")

@@ -8,10 +8,10 @@ import csv
 import io
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
-from urllib.parse import urlencode, urlsplit
+from urllib.parse import urlencode
 
 from flask import Blueprint, Flask, Response, g, redirect, render_template, request, stream_with_context, url_for
-from werkzeug.exceptions import BadRequest, Forbidden, NotFound
+from werkzeug.exceptions import BadRequest, NotFound
 
 from hatespeech import queries, reporting, task
 from hatespeech.queries import Filter, Span
@@ -34,18 +34,10 @@ def register(
     store: Store,
     uploads: Uploads,
     reference: dict | None,
-    authorise: Callable[[str], None],
     classified: Callable[[bytes], Answer],
 ) -> None:
-    """Add the pages. authorise(scope) and classified(body) are the API's own; reference: reporting.load_reference's."""
+    """Add the pages. classified(body) is the API's own; reference: reporting.load_reference's."""
     pages = Blueprint("pages", __name__, template_folder="templates", static_folder="static", static_url_path="/static")
-
-    @pages.before_request
-    def only_from_here() -> None:
-        if request.endpoint != "pages.static":
-            authorise("read" if request.endpoint in READING else "infer")
-        if request.method == "POST" and not is_same_origin():
-            raise Forbidden("this form was sent from another site")
 
     @pages.app_context_processor
     def about() -> dict:
@@ -120,7 +112,7 @@ def register(
 
     @pages.get("/file")
     def file() -> str:
-        return render_template("file.html", uploads=uploads.all())
+        return render_template("file.html", uploads=uploads.all(g.api_key))
 
     @pages.post("/file")
     def upload() -> Response:
@@ -128,36 +120,31 @@ def register(
         sent = request.files.get("file")
         if not sent or not sent.filename:
             raise BadRequest("choose a .csv or .parquet file")
-        return redirect(url_for("pages.one_file", name=uploads.keep(sent)), 303)
+        return redirect(url_for("pages.one_file", name=uploads.keep(sent, g.api_key)), 303)
 
     @pages.get("/file/<name>")
     def one_file(name: str) -> str:
-        return render_template("one_file.html", upload=uploads.state(name))
+        return render_template("one_file.html", upload=uploads.state(name, g.api_key))
 
     @pages.get("/file/<name>/state")
     def file_state(name: str) -> dict:
-        return uploads.state(name)
+        return uploads.state(name, g.api_key)
 
     @pages.post("/file/<name>")
     def start_file(name: str) -> Response:
         if request.form.get("action") == "delete":
-            uploads.delete(name)
+            uploads.delete(name, g.api_key)
             return redirect(url_for("pages.file"), 303)
-        uploads.start(name, request.form.get("column", ""))
+        uploads.start(name, request.form.get("column", ""), g.api_key)
         return redirect(url_for("pages.one_file", name=name), 303)
 
     @pages.get("/file/<name>/download")
     def download(name: str) -> Response:
-        return uploads.send(name)
+        return uploads.send(name, g.api_key)
 
     app.register_blueprint(pages)
 
 
-# Pages that show what others sent.
-READING = tuple(
-    f"pages.{name}"
-    for name in ("report", "review", "decide", "export", "file", "one_file", "file_state", "start_file", "download")
-)
 FILTERS = ("label", "low", "high", "since", "until", "words", "decided")
 
 
@@ -249,17 +236,6 @@ def position(score: float) -> float:
 
 
 CUTS = (("Supportive", task.SUPPORTIVE_BELOW), ("Hate", task.HATE_ABOVE))
-
-
-def is_same_origin() -> bool:
-    """No other site sent this form. A browser says so in Sec-Fetch-Site or Origin; what is no browser needs neither.
-
-    https://developer.mozilla.org/en-US/docs/Web/HTTP/Headers/Sec-Fetch-Site
-    """
-    if site := request.headers.get("Sec-Fetch-Site"):
-        return site in ("same-origin", "none")
-    origin = request.headers.get("Origin")
-    return origin is None or urlsplit(origin).netloc == request.host
 
 
 def error(status: int, reason: str, headers: dict) -> Response:

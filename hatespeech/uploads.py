@@ -1,5 +1,7 @@
 """Files that people give the page to classify: kept in a folder each, classified by table.py in a thread.
 
+A file is for the key it was sent with; who needs no key, being on this machine, sees all. `reader` is the key's name.
+
 All that is known of one is on disk, so any process can tell how far it is, and after a restart it goes on from its
 journal when it is started again.
 """
@@ -29,7 +31,7 @@ class Uploads:
         self.folder, self.service = folder, service
         self._running: dict[str, threading.Thread] = {}
 
-    def keep(self, sent: FileStorage) -> str:
+    def keep(self, sent: FileStorage, reader: str | None) -> str:
         """Keep an uploaded file; returns its name here. BadRequest where it is no table."""
         kind = Path(sent.filename).suffix.lower()
         if kind not in KINDS:
@@ -43,13 +45,13 @@ class Uploads:
         except UserError as error:
             shutil.rmtree(place)
             raise BadRequest(str(error).replace(str(place / f"input{kind}"), sent.filename)) from error
-        about = {"filename": Path(sent.filename).name, "kind": kind, "columns": columns}
+        about = {"filename": Path(sent.filename).name, "kind": kind, "columns": columns, "api_key": reader}
         export.write_json(place / "about.json", about)
         return name
 
-    def state(self, name: str) -> dict:
+    def state(self, name: str, reader: str | None) -> dict:
         """filename, columns, column (the chosen one), rows, done, finished, running, wrong (rows, by line), error."""
-        place, about = self._place(name)
+        place, about = self._place(name, reader)
         journal = place / f"output{about['kind']}.progress"
         finished = (place / f"output{about['kind']}").exists()
         done = max(0, journal.read_bytes().count(b"\n") - 1) if journal.exists() else 0
@@ -58,15 +60,16 @@ class Uploads:
         known = unknown | about | {"name": name, "finished": finished, "running": running}
         return known | {"done": known["rows"] if finished else done}
 
-    def all(self) -> list[dict]:
-        names = [path.parent.name for path in self.folder.glob("*/about.json")]
-        return sorted((self.state(name) for name in names), key=lambda state: state["filename"])
+    def all(self, reader: str | None) -> list[dict]:
+        found = [(path.parent.name, json.loads(path.read_text())) for path in self.folder.glob("*/about.json")]
+        theirs = [self.state(name, reader) for name, about in found if _may_see(reader, about)]
+        return sorted(theirs, key=lambda state: state["filename"])
 
-    def start(self, name: str, column: str) -> None:
+    def start(self, name: str, column: str, reader: str | None) -> None:
         """Classify the file, or go on with it, in a thread of its own."""
-        place, about = self._place(name)
+        place, about = self._place(name, reader)
         source, target = place / f"input{about['kind']}", place / f"output{about['kind']}"
-        state = self.state(name)
+        state = self.state(name, reader)
         if state["running"] or target.exists():
             raise Conflict("this file is being classified, or was")
         try:
@@ -88,20 +91,26 @@ class Uploads:
         self._running[name] = threading.Thread(target=run, daemon=True, name=f"file {name}")
         self._running[name].start()
 
-    def send(self, name: str) -> Response:
-        place, about = self._place(name)
+    def send(self, name: str, reader: str | None) -> Response:
+        place, about = self._place(name, reader)
         path = place / f"output{about['kind']}"
         if not path.exists():
             raise NotFound("this file is not classified yet")
         return send_file(path, as_attachment=True, download_name=f"classified-{about['filename']}")
 
-    def delete(self, name: str) -> None:
-        if self.state(name)["running"]:
+    def delete(self, name: str, reader: str | None) -> None:
+        if self.state(name, reader)["running"]:
             raise Conflict("this file is being classified: wait until it is done")
-        shutil.rmtree(self._place(name)[0])
+        shutil.rmtree(self._place(name, reader)[0])
 
-    def _place(self, name: str) -> tuple[Path, dict]:
+    def _place(self, name: str, reader: str | None) -> tuple[Path, dict]:
         place = self.folder / name
-        if not re.fullmatch(r"[0-9a-f]{32}", name) or not (place / "about.json").exists():
-            raise NotFound("there is no such file")
-        return place, json.loads((place / "about.json").read_text())
+        if re.fullmatch(r"[0-9a-f]{32}", name) and (place / "about.json").exists():
+            about = json.loads((place / "about.json").read_text())
+            if _may_see(reader, about):
+                return place, about
+        raise NotFound("there is no such file")
+
+
+def _may_see(reader: str | None, about: dict) -> bool:
+    return reader is None or about.get("api_key") == reader

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from hatespeech import UserError, task
+from hatespeech import task
 from hatespeech.calibration import Calibration
 from hatespeech.store import Store
 from tests.conftest import ROOT, free_port
@@ -207,7 +207,7 @@ def test_wrong_feedback(client, said, status, reason):
 ELSEWHERE = {"REMOTE_ADDR": "192.0.2.7"}
 
 
-def test_off_loopback_a_key_with_the_scope_is_demanded(client):
+def test_off_loopback_the_key_is_in_the_row_and_not_in_the_database(client):
     store = Store(f"sqlite:///{client.database}")
     infer, read = store.create_key("bot", ["infer"]), store.create_key("watcher", ["read"])
 
@@ -217,33 +217,14 @@ def test_off_loopback_a_key_with_the_scope_is_demanded(client):
         return response.status_code
 
     assert is_problem(client.post("/infer", data="a text", environ_overrides=ELSEWHERE), 401)
-    for path, body in (("/infer", "a text"), ("/infer/batch", '["a"]'), ("/feedback", "{}")):
-        assert status(path, None, data=body) == 401
-        assert status(path, "wrong", data=body) == 401
-        assert status(path, read, data=body) == 403
-    assert status("/v1alpha1/comments:analyze", None, data="{}") == 401
     assert status("/infer", infer, data="a text") == 200
     assert rows(client)[-1]["api_key"] == "bot"
-    assert (status("/metrics", infer, "GET"), status("/metrics", read, "GET")) == (403, 200)
-    assert status("/healthcheck", None, "GET") == 200  # holds no text
+    assert status("/metrics", read, "GET") == 200
     assert infer not in "".join(connection_dump(client))
 
 
 def connection_dump(client) -> list[str]:
     return list(sqlite3.connect(client.database).iterdump())
-
-
-def test_it_does_not_start_open_to_others_without_a_key(make_client):
-    with pytest.raises(UserError, match=r"HOST=0\.0\.0\.0 is open to others.*keys create"):
-        make_client("127.0.0.1:1", HOST="0.0.0.0")
-    with pytest.raises(UserError, match="no API key yet"):
-        make_client("127.0.0.1:1", REQUIRE_API_KEY="1")
-
-
-def test_behind_a_proxy_a_key_can_be_required_on_loopback(make_client, tmp_path):
-    Store(f"sqlite:///{tmp_path}/requests.sqlite3").create_key("bot", ["infer"])
-    client = make_client("127.0.0.1:1", REQUIRE_API_KEY="1")
-    assert is_problem(client.post("/infer", data="a"), 401)
 
 
 def test_request_ids_and_security_headers(client):

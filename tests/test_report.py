@@ -176,16 +176,6 @@ def test_what_is_no_time_or_label_is_refused(client):
     assert client.get("/report.json?since=2026-01-01T00:00%2B01:00").get_json()["since"] == "2025-12-31T23:00:00"
 
 
-def test_off_loopback_the_pages_want_the_scope_read(make_client, server, ollama_host):
-    log = Store(f"sqlite:///{make_client(ollama_host).database}")
-    keys = {scope: log.create_key(scope, [scope]) for scope in ("infer", "read")}
-    client = make_client(ollama_host, REQUIRE_API_KEY="1")
-    for path in ("/report", "/report.json", "/review", "/review.csv", "/file"):
-        assert client.get(path).status_code == 401
-        assert client.get(path, auth=("", keys["infer"])).status_code == 403
-        assert client.get(path, auth=("", keys["read"])).status_code == 200
-
-
 def test_a_decision_sent_from_another_site_is_refused(client):
     request_id = client.post("/infer", json={"text": "some text"}).get_json()["id"]
     sent = {"data": {"id": request_id, "label": "Hate"}}
