@@ -10,6 +10,7 @@ A request to /infer goes: auth.py, admit() -> infer() -> service.py, Service.cla
 
 import json
 import logging
+import math
 import os
 import re
 import time
@@ -23,7 +24,7 @@ from flask import Flask, Response, g, request, stream_with_context
 from sqlalchemy.exc import SQLAlchemyError
 from werkzeug.exceptions import BadRequest, HTTPException, NotFound, Unauthorized, UnsupportedMediaType
 
-from hatespeech import auth, commands, export, openapi, pages, perspective, reporting, task
+from hatespeech import UserError, auth, commands, export, openapi, pages, perspective, reporting, task
 from hatespeech.hosts import Hosts
 from hatespeech.metrics import Metrics
 from hatespeech.ollama import Ollama, OllamaError, model_name
@@ -45,6 +46,7 @@ DEFAULTS = {
     "TRUSTED_PROXIES": "",  # how many proxies stand before it, whose X-Forwarded-* headers then count
     "MAX_IN_FLIGHT": "4",  # requests at each Ollama at a time
     "MAX_QUEUE": "32",  # requests waiting for that
+    "FLAG_ABOVE": "",  # the P(Hate) from which on an answer is flagged; the calibration's own where this is not set
     "LOG_TEXT": "full",
     "LOG_HASH_KEY": "",
 }
@@ -59,12 +61,13 @@ def create_app(config: dict | None = None) -> Flask:
     app.config |= {"MAX_CONTENT_LENGTH": 1024 * 1024} | (config or {})
     timeout_s, run = float(app.config["OLLAMA_TIMEOUT_S"]), Path(app.config["MODEL_DIR"])
     run_settings = export.read_settings(run)
+    flag_above = flag_above_of(app.config["FLAG_ABOVE"])
     store = Store(app.config["DATABASE_URL"], app.config["LOG_TEXT"], app.config["LOG_HASH_KEY"])
     hosts, tokens = app.config["OLLAMA_HOSTS"] or app.config["OLLAMA_HOST"], tuple(run_settings["label_tokens"])
     ollama = Hosts([Ollama(host.strip(), model_name(run), tokens, timeout_s) for host in hosts.split(",")])
     places = len(ollama.servers) * int(app.config["MAX_IN_FLIGHT"])
     gate = Gate(places, int(app.config["MAX_QUEUE"]), timeout_s)
-    service = Service(run, ollama, store, gate, tuple(run_settings["class_scores"]))
+    service = Service(run, ollama, store, gate, tuple(run_settings["class_scores"]), flag_above)
     reference = reporting.load_reference(run)
     uploads = Uploads(Path(app.config["UPLOADS_DIR"]), service)
     metrics = Metrics(gate)
@@ -259,6 +262,9 @@ def create_app(config: dict | None = None) -> Flask:
         ---
         get:
           summary: Can a text be classified and logged now?
+          description: |
+            As JSON it tells the model, the P(Hate) from which on answers are flagged (flag_above, null where there is
+            none), why no calibration applies, and how each Ollama is.
           responses:
             200:
               description: yes
@@ -330,6 +336,19 @@ def create_app(config: dict | None = None) -> Flask:
     pages.register(app, service, store, uploads, reference, classified)
     auth.require_scopes(app)
     return app
+
+
+def flag_above_of(setting: str | float) -> float | None:
+    """FLAG_ABOVE, a probability; None where it is not set. Raises UserError where it is none."""
+    if setting == "":
+        return None
+    try:
+        threshold = float(setting)
+    except ValueError:
+        threshold = math.nan
+    if not 0 < threshold < 1:
+        raise UserError(f"FLAG_ABOVE is a probability of Hate, a number above 0 and below 1, not {setting!r}")
+    return threshold
 
 
 def parsed(body: bytes) -> object:

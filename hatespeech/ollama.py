@@ -149,7 +149,7 @@ class Ollama:
             "/api/chat",
             {
                 "model": self.model,
-                "messages": [{"role": "user", "content": task.spell_out(text)}],
+                "messages": [{"role": "user", "content": task.as_read(text)}],
                 "stream": False,
                 "logprobs": True,
                 "top_logprobs": 20,

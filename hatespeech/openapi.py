@@ -26,6 +26,10 @@ SCHEMAS = {
             "score": {"type": "number", "description": "expected, on MHS's scale: above 0.5 Hate, below -1 Supportive"},
             "confidence": PROBABILITY,
             "abstain": {"type": ["boolean", "null"], "description": "too unsure: a person should look"},
+            "flagged": {
+                "type": ["boolean", "null"],
+                "description": "P(Hate) reaches FLAG_ABOVE, or the calibration's own threshold; null without either",
+            },
             "model": {
                 "type": "object",
                 "properties": {
@@ -37,7 +41,9 @@ SCHEMAS = {
             },
             "duration_ms": {"type": "number"},
         },
-        "required": ["id", "label", "probabilities", "score", "confidence", "abstain", "model", "duration_ms"],
+        "required": [
+            *("id", "label", "probabilities", "score", "confidence", "abstain", "flagged", "model", "duration_ms"),
+        ],
     },
     "Feedback": {
         "type": "object",

@@ -50,10 +50,11 @@ def register(
     @pages.post("/")
     def answer() -> str:
         text = request.form.get("text", "")
-        return page(text=text, answer=classified(text.encode("utf-8", "surrogatepass")))
+        found = classified(text.encode("utf-8", "surrogatepass"))
+        return page(text=text, answer=found, standing=service.standing(found))
 
     def page(**shown) -> str:
-        """The page to try a text, with an answer or without."""
+        """The page to try a text, with an answer and its standing or without."""
         return render_template("try.html", labels=task.LABELS, position=position, cuts=CUTS, **shown)
 
     @pages.post("/correct")

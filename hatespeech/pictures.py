@@ -33,15 +33,39 @@ def draw_all(
 ) -> None:
     """All pictures of the test comments. before, after: (n, 3) probabilities, uncalibrated and calibrated.
 
-    frame: comments with label, score, text, agreement and targets. expected: (n,) expected scores.
+    frame: comments with label, score, text and targets. expected: (n,) expected scores.
     """
-    confusion(frame, after, title, folder / "confusion_matrix.png")
-    reliability(frame, before, after, title, folder / "reliability.png")
-    scatter(frame, expected, title, folder / "scores.png")
-    coverage(frame, after, title, folder / "coverage.png")
+    precision_recall(frame, after, title, folder / "precision_recall.png")
+    known = (frame["label"] != task.NOT_HATE).to_numpy()
+    if known.any():
+        part = frame[known]
+        confusion(part, after[known], title, folder / "confusion_matrix.png")
+        reliability(part, before[known], after[known], title, folder / "reliability.png")
+        coverage(part, after[known], title, folder / "coverage.png")
+    scored = frame["score"].notna().to_numpy()
+    if scored.any():
+        scatter(frame[scored], expected[scored], title, folder / "scores.png")
     error_rates(evaluation.groups(frame, after), title, folder / "groups.png")
     if (curve := folder / "learning_curve.csv").exists():
         learning_curve(pd.read_csv(curve), title, folder / "learning_curve.png")
+
+
+def precision_recall(frame: pd.DataFrame, probabilities: np.ndarray, title: str, path: Path) -> None:
+    """Precision and recall of Hate by the least P(Hate) at which one acts."""
+    hate = (frame["label"] == "Hate").to_numpy()
+    p_hate = probabilities[:, task.LABELS.index("Hate")]
+    order = np.argsort(-p_hate, kind="stable")
+    found = hate[order].cumsum()
+    start = min(len(order) - 1, 19)  # of fewer the precision is chance
+    with _axes(path, title, (4.8, 3.4)) as axes:
+        thresholds = p_hate[order][start:]
+        axes.plot(thresholds, (found / np.arange(1, len(order) + 1))[start:], color=AFTER, label="precision")
+        axes.plot(
+            thresholds, (found / max(1, hate.sum()))[start:], color=COLOURS["Hate"], linestyle="--", label="recall"
+        )
+        axes.set(xlabel="P(Hate) at least", ylabel="share", xlim=(0, 1), ylim=(0, 1.02))
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
 
 
 def confusion(frame: pd.DataFrame, probabilities: np.ndarray, title: str, path: Path) -> None:

@@ -28,6 +28,7 @@ class Answer:
     """probabilities: of each label. score: expected, on MHS's scale. confidence: the highest probability.
 
     abstain: the confidence is below the calibration's threshold, so a person should look; null without a calibration.
+    flagged: P(Hate) reaches the threshold in force, whatever the label is; null where there is no threshold.
     """
 
     id: str
@@ -36,11 +37,25 @@ class Answer:
     score: float
     confidence: float
     abstain: bool | None
+    flagged: bool | None
     model: dict
     duration_ms: float
 
     def as_json(self) -> dict:
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where an answer's P(Hate) stands among the thresholds.
+
+    flag_above: the threshold in force; None where there is none. thresholds: of the calibration that the answer went
+    through, lowest first; empty where it has none. reached: the highest of these that P(Hate) reaches, if any.
+    """
+
+    flag_above: float | None
+    thresholds: tuple[dict, ...]
+    reached: dict | None
 
 
 class Gate:
@@ -83,10 +98,20 @@ class Service:
 
     run: the folder of the model that Ollama serves; its calibration.json is applied only to the weights it is for.
     class_scores: what the expected score is made of where no calibration applies.
+    flag_above: the P(Hate) from which on an answer is flagged; None for the calibration's own.
     """
 
-    def __init__(self, run: Path, ollama: Hosts, store: Store, gate: Gate, class_scores: tuple[float, float, float]):
+    def __init__(
+        self,
+        run: Path,
+        ollama: Hosts,
+        store: Store,
+        gate: Gate,
+        class_scores: tuple[float, float, float],
+        flag_above: float | None = None,
+    ):
         self.ollama, self.store, self.gate, self.class_scores = ollama, store, gate, class_scores
+        self.flag_above = flag_above
         self._stored = Calibration.of_run(run)
 
     def classify(self, body: bytes, *, route: str, api_key: str | None = None, patient: bool = False) -> Answer:
@@ -118,6 +143,8 @@ class Service:
         score = sum(p * s for p, s in zip(probabilities, scores, strict=True))
         confidence = max(probabilities)
         abstain = confidence < calibration.abstain_below if calibration else None
+        by_label = dict(zip(task.LABELS, probabilities, strict=True))
+        flag_above = self._threshold(calibration)
         duration_ms = finish(
             status=ANSWERED,
             http_status=HTTPStatus.OK,
@@ -130,13 +157,21 @@ class Service:
         return Answer(
             id=request_id,
             label=task.decide(probabilities),
-            probabilities=dict(zip(task.LABELS, probabilities, strict=True)),
+            probabilities=by_label,
             score=score,
             confidence=confidence,
             abstain=abstain,
+            flagged=None if flag_above is None else by_label["Hate"] >= flag_above,
             model=self._provenance(digest, calibration),
             duration_ms=duration_ms,
         )
+
+    def standing(self, answer: Answer) -> Standing:
+        """Where an answer of this service stands among the thresholds."""
+        calibration = self._stored if answer.model["calibrated"] else None
+        thresholds = calibration.thresholds if calibration else ()
+        reached = [row for row in thresholds if row["threshold"] <= answer.probabilities["Hate"]]
+        return Standing(self._threshold(calibration), thresholds, reached[-1] if reached else None)
 
     def refuse(self, body: bytes | None, status: int, error: str, *, route: str, api_key: str | None = None) -> None:
         """Log a request without a text to classify: unread (too large, broken off), or not as the route takes it."""
@@ -149,8 +184,19 @@ class Service:
         hosts = self.ollama.health()
         digest, weights_sha256 = self.ollama.model_served()
         calibration, why_not = Calibration.for_weights(self._stored, weights_sha256)
-        provenance = self._provenance(digest, calibration)
-        return {"status": "OK", "model": provenance, "uncalibrated_because": why_not, "ollama": hosts}
+        return {
+            "status": "OK",
+            "model": self._provenance(digest, calibration),
+            "flag_above": self._threshold(calibration),
+            "uncalibrated_because": why_not,
+            "ollama": hosts,
+        }
+
+    def _threshold(self, calibration: Calibration | None) -> float | None:
+        """The P(Hate) from which on an answer that went through this calibration, or none, is flagged."""
+        if self.flag_above is not None:
+            return self.flag_above
+        return calibration.flag_above if calibration else None
 
     def _provenance(self, digest: str, calibration: Calibration | None) -> dict:
         return {

@@ -8,11 +8,17 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 
+from hatespeech.normal import FORM, normal_form
+
 LABELS = ("Hate", "Neutral", "Supportive")
+# Of some comments no more is known: Neutral or Supportive. No answer of the model is this.
+NOT_HATE = "Not hate"
 
 # The cut points of MHS's dataset card: above 0.5 is hate speech, below -1 counter or supportive speech.
 HATE_ABOVE = 0.5
 SUPPORTIVE_BELOW = -1.0
+# The classes' mean scores in MHS, for expected scores where a run's own comments have none.
+TYPICAL_SCORES = (1.42, -0.25, -2.84)
 
 # Ollama's template syntax, since the Modelfile carries it to the letter. It ends at `[/INST]` with no space:
 # the space belongs to the completion, where it fuses with the label's first letters into one token.
@@ -29,7 +35,7 @@ CONTEXT_TOKENS = 2048
 _CONTROL_TOKEN = re.compile(r"<(?=[^<>\s]{1,40}>)|\[(?=/?[A-Z_]{2,40}\])")
 
 # Changes whenever the words or the spelling-out change, so that a logged answer says which prompt gave it.
-PROMPT_VERSION = hashlib.sha256((TEMPLATE + _CONTROL_TOKEN.pattern).encode()).hexdigest()[:12]
+PROMPT_VERSION = hashlib.sha256((TEMPLATE + _CONTROL_TOKEN.pattern + FORM).encode()).hexdigest()[:12]
 
 
 def label_of(score: float) -> str:
@@ -46,9 +52,14 @@ def spell_out(text: str) -> str:
     return _CONTROL_TOKEN.sub(lambda match: match.group() + " ", text)
 
 
+def as_read(text: str) -> str:
+    """The text as the model reads it, in training as in serving: its normal form, its control tokens spelled out."""
+    return spell_out(normal_form(text))
+
+
 def prompt(text: str) -> str:
-    """What the model reads for a text, in training as in serving."""
-    return TEMPLATE.replace("{{ .Prompt }}", spell_out(text))
+    """The whole of what the model reads for a text."""
+    return TEMPLATE.replace("{{ .Prompt }}", as_read(text))
 
 
 def probabilities_from_logprobs(

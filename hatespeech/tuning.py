@@ -197,6 +197,16 @@ def _label_logprobs(classifier: Classifier, *, ids, positions, ends, labels, seg
     return logits.float().log_softmax(-1).index_select(1, labels)
 
 
+def event_logprobs(label_logprobs):
+    """(n, 3) log-probabilities of Hate, Neutral, Supportive -> (n, 4), with that of Neutral or Supportive behind them.
+
+    The fourth is what a comment teaches of which only is known that it is not Hate: the log of the sum of both.
+    """
+    import torch
+
+    return torch.cat([label_logprobs, label_logprobs[:, 1:].logsumexp(1, keepdim=True)], dim=1)
+
+
 def pieces(classifier: Classifier, prompts: Sequence[list[int]]) -> Iterator[packing.Bins]:
     """The prompts as the model takes them: packed where its attention allows, as many at once as its memory allows."""
     device = next(classifier.model.parameters()).device.type
@@ -215,10 +225,11 @@ def fit(
     checkpoint: Path | None = None,
     checkpoint_every_s: float = 60.0,
 ) -> dict[str, float]:
-    """Train the LoRA on class probabilities; return seconds, rows/s, peak memory (GB) and the curve of the loss.
+    """Train the LoRA on what is known of the classes; return seconds, rows/s, peak memory (GB), the loss's curve.
 
-    targets: (n, 3), weighted by class or not. The loss is the cross-entropy over the whole vocabulary at the label
-    position, its mean over the batch. AdamW, linear warm-up over 5 % of the steps, then a cosine to 0.
+    targets: (n, 4), data.targets' weights of each prompt's events. The loss is their negative log-probability over the
+    whole vocabulary at the label position, its mean over the batch. AdamW, linear warm-up over 5 % of the steps, then a
+    cosine to 0.
 
     checkpoint: a file, written as often as said, at the end, and when SIGINT or SIGTERM asks to stop, which then raises
     KeyboardInterrupt. Where it holds a run of these very arguments, training goes on from it.
@@ -234,7 +245,10 @@ def fit(
         weight.grad = torch.zeros_like(weight)
     optimizer = torch.optim.AdamW(weights, lr=learning_rate, weight_decay=0.0, fused=cuda)
     schedule = get_cosine_schedule_with_warmup(optimizer, round(0.05 * steps), steps)
-    scaler = torch.amp.GradScaler("cuda", enabled=cuda and _cuda_dtype() == torch.float16)
+    # float16 needs its gradients scaled. With bfloat16 the scaler is there for what else it does: a step whose
+    # gradients are no finite numbers, as now and then one's are, is left out.
+    scale = 65536.0 if cuda and _cuda_dtype() == torch.float16 else 1.0
+    scaler = torch.amp.GradScaler("cuda", init_scale=scale, enabled=cuda)
     lora = classifier.model.peft_config["default"]
     settings = (lora.base_model_name_or_path, lora.r, lora.lora_alpha, steps, batch_size, learning_rate, seed)
     key = _digest(settings, prompts, targets)
@@ -244,7 +258,7 @@ def fit(
 
     def one_pass(tensors: dict) -> torch.Tensor:
         goals = tensors.pop("goals")
-        loss = -(goals * _label_logprobs(classifier, **tensors)).sum()
+        loss = -(goals * event_logprobs(_label_logprobs(classifier, **tensors))).sum()
         scaler.scale(loss).backward()
         return loss.detach()
 
@@ -298,7 +312,7 @@ def fit(
             done.step, done.rows = done.step + 1, done.rows + len(rows)
             progress.update()
             if time.monotonic() - shown > 1 or done.step == steps or stop:  # reading the loss waits for the GPU
-                recent, shown = torch.stack(done.losses[-20:]).mean().item(), time.monotonic()
+                recent, shown = torch.stack(done.losses[-20:]).nanmean().item(), time.monotonic()
                 rate = (done.rows - rows_before) / (shown - started)
                 progress.set_postfix(loss=f"{recent:.3f}", rows_per_s=f"{rate:.0f}")
                 done.seconds, clock = done.seconds + shown - clock, shown
@@ -317,7 +331,8 @@ def fit(
         "processes": world_size,
         "tokens_at_once": classifier.tokens_at_once,
         "peak_memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2) if cuda else None,
-        "last_loss": round(torch.stack(done.losses[-max(1, steps // 10) :]).mean().item(), 4),
+        "steps_left_out": int((~torch.stack(done.losses).isfinite()).sum()),
+        "last_loss": round(torch.stack(done.losses[-max(1, steps // 10) :]).nanmean().item(), 4),
         "curve": {
             "rows": np.linspace(0, done.rows, steps + 1)[1:].astype(int),
             "loss": torch.stack(done.losses).tolist(),

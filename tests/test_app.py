@@ -9,12 +9,13 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from hatespeech import task
+from hatespeech import UserError, openapi, task
 from hatespeech.calibration import Calibration
 from hatespeech.store import Store
 from tests.conftest import ROOT, free_port
@@ -37,6 +38,29 @@ def is_problem(response, status: int) -> bool:
         and response.mimetype == "application/problem+json"
         and set(body) == {"type", "title", "status", "detail"}
     )
+
+
+THRESHOLDS = (
+    {"threshold": 0.05, "n": 100, "precision": 0.3, "recall": 1.0},
+    {"threshold": 0.5, "n": 40, "precision": 0.7, "recall": 0.9333},
+    {"threshold": 0.95, "n": 10, "precision": 0.9, "recall": 0.3},
+)
+
+
+def run_with(run: Path, folder: Path, p_hate: float, **changes) -> Path:
+    """A run's folder of the same name, so of the same model in Ollama, whose calibration gives every text this P(Hate).
+
+    changes: to its calibration.json, which otherwise has THRESHOLDS and proposes to flag from 0.5 on.
+    """
+    other = folder / run.name
+    other.mkdir()
+    (other / "settings.json").write_text((run / "settings.json").read_text())
+    stored = json.loads((run / "calibration.json").read_text())
+    # So high a temperature leaves nothing of the model's answer but the biases.
+    biases = np.log([p_hate, 0.6 * (1 - p_hate), 0.4 * (1 - p_hate)]).tolist()
+    stored |= {"temperature": 1e6, "biases": biases, "flag_above": 0.5, "thresholds": THRESHOLDS}
+    (other / "calibration.json").write_text(json.dumps(stored | changes))
+    return other
 
 
 @pytest.mark.parametrize("content_type", [None, "application/x-www-form-urlencoded", "application/json", "x/nonsense"])
@@ -101,8 +125,9 @@ def test_json_in_or_accepted_gives_json_out(client, server, run):
     for response in (by_body, by_accept):
         answer = response.get_json()
         assert list(answer) == [
-            *("id", "label", "probabilities", "score", "confidence", "abstain", "model", "duration_ms"),
+            *("id", "label", "probabilities", "score", "confidence", "abstain", "flagged", "model", "duration_ms"),
         ]
+        assert openapi.flaw("Answer", answer) is None
         probabilities = [answer["probabilities"][label] for label in task.LABELS]
         assert sum(probabilities) == pytest.approx(1)
         assert answer["label"] == task.decide(probabilities)
@@ -163,18 +188,49 @@ def test_what_is_no_batch_is_refused(client):
 
 
 def test_a_calibration_for_other_weights_is_not_applied(make_client, ollama_host, server, run, tmp_path):
-    other = tmp_path / run.name
-    other.mkdir()
-    (other / "settings.json").write_text((run / "settings.json").read_text())
-    stored = json.loads((run / "calibration.json").read_text())
-    (other / "calibration.json").write_text(json.dumps(stored | {"model_sha256": "0" * 64}))
+    other = run_with(run, tmp_path, p_hate=0.6, flag_above=0.5, model_sha256="0" * 64)
     client = make_client(ollama_host, MODEL_DIR=str(other))
     answer = client.post("/infer", json={"text": "a text"}).get_json()
-    assert (answer["model"]["calibrated"], answer["abstain"]) == (False, None)
+    assert (answer["model"]["calibrated"], answer["abstain"], answer["flagged"]) == (False, None, None)
     raw = server.classify("a text").probabilities
     assert list(answer["probabilities"].values()) == pytest.approx(raw, abs=0.01)
     health = client.get("/healthcheck", headers={"Accept": "application/json"}).get_json()
     assert "fitted for the weights 000000000000" in health["uncalibrated_because"]
+    assert health["flag_above"] is None
+    client = make_client(ollama_host, MODEL_DIR=str(other), FLAG_ABOVE=0.001)
+    assert client.post("/infer", json={"text": "a text"}).get_json()["flagged"] is (raw[0] >= 0.001)
+
+
+@pytest.mark.parametrize(
+    ("setting", "flag_above", "in_force", "flagged"),
+    [
+        ("", 0.5, 0.5, True),
+        ("", 0.7, 0.7, False),
+        ("", None, None, None),
+        ("0.7", 0.5, 0.7, False),
+        ("0.5", None, 0.5, True),
+    ],
+)
+def test_an_answer_is_flagged_from_the_threshold_in_force_on(
+    make_client, ollama_host, server, run, tmp_path, setting, flag_above, in_force, flagged
+):
+    other = run_with(run, tmp_path, p_hate=0.6, flag_above=flag_above)
+    client = make_client(ollama_host, MODEL_DIR=str(other), FLAG_ABOVE=setting)
+    one = client.post("/infer", json={"text": "a text"}).get_json()
+    batch = client.post("/infer/batch", json=["a text"])
+    for answer in (one, json.loads(batch.text)):
+        assert answer["probabilities"]["Hate"] == pytest.approx(0.6, abs=0.001)
+        assert (answer["label"], answer["flagged"]) == ("Hate", flagged)  # the label is the likeliest all the same
+        assert openapi.flaw("Answer", answer) is None
+    health = client.get("/healthcheck", headers={"Accept": "application/json"}).get_json()
+    assert health["flag_above"] == in_force
+
+
+@pytest.mark.parametrize("setting", ["0", "1", "1.5", "-0.1", "nan", "inf", "much", " "])
+def test_a_threshold_that_is_no_probability_is_refused_at_start(make_client, monkeypatch, setting):
+    monkeypatch.setenv("FLAG_ABOVE", setting)
+    with pytest.raises(UserError, match="FLAG_ABOVE is a probability of Hate, a number above 0 and below 1, not "):
+        make_client("127.0.0.1:1")
 
 
 def test_feedback_is_kept_with_its_request_and_never_overwritten(client):

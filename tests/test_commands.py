@@ -1,3 +1,4 @@
+import csv
 import json
 import shutil
 
@@ -36,11 +37,15 @@ def test_exported_feedback_is_a_data_set(shell, client, tmp_path):
     ids = [client.post("/infer", json={"text": f"text, number {i}"}).get_json()["id"] for i in range(4)]
     client.post("/feedback", json={"id": ids[0], "label": "Hate"})
     client.post("/feedback", json={"id": ids[0], "label": "Neutral", "note": "no, not that"})
-    client.post("/feedback", json={"id": ids[1], "score": -3})
-    client.post("/feedback", json={"id": ids[2], "label": "Hate"})
+    client.post("/feedback", json={"id": ids[1], "score": -3.5})
+    client.post("/feedback", json={"id": ids[2], "label": "Hate", "score": 0.75})
     path = tmp_path / "feedback.csv"
     path.write_text(shell("feedback", "export"))
+    with open(path, newline="") as file:
+        said = [(row["comment_id"], row["hate_speech_score"], row["label"]) for row in csv.DictReader(file)]
+    assert said == [(ids[0], "", "Neutral"), (ids[1], "-3.5", "Supportive"), (ids[2], "0.75", "Hate")]
     frame = data.comments(data.read(str(path))).frame
+    assert frame["kind"].tolist() == ["class", "score", "score"]
     assert dict(zip(frame["comment_id"], frame["label"], strict=True)) == {
         ids[0]: "Neutral",
         ids[1]: "Supportive",
@@ -51,7 +56,14 @@ def test_exported_feedback_is_a_data_set(shell, client, tmp_path):
     again = data.comments(data.read(str(path))).frame
     assert data.fingerprint(again) == data.fingerprint(frame)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    assert {line["comment_id"]: line["note"] for line in lines}[ids[0]] == "no, not that"
+    assert [line["hate_speech_score"] for line in lines] == [None, -3.5, 0.75]
+    assert lines[0] == {
+        "comment_id": ids[0],
+        "text": "text, number 0",
+        "hate_speech_score": None,
+        "label": "Neutral",
+        "note": "no, not that",
+    }
     assert train.Settings.of(dataset=str(path))
 
 
@@ -94,6 +106,6 @@ def test_purge_deletes_what_is_older_and_its_feedback(shell, client):
     assert "30d or 12h" in shell("purge", "--older-than", "soon", fails=True)
 
 
-def test_class_means_stand_in_for_labels(run):
+def test_class_scores_are_of_their_classes(run):
     means = json.loads((run / "settings.json").read_text())["class_scores"]
     assert [task.label_of(mean) for mean in means] == list(task.LABELS)

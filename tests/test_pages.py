@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 import time
 from html.parser import HTMLParser
 
@@ -10,6 +11,7 @@ import pytest
 
 from hatespeech import pages
 from hatespeech.store import Store
+from tests.test_app import run_with
 from tests.test_data import GOLD
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)> {{ 7 * 7 }} &amp; </textarea>"
@@ -59,6 +61,73 @@ def test_an_unsure_answer_needs_a_person(client):
     texts = pd.read_csv(GOLD)["text"][:40]
     text = next(text for text in texts if client.post("/infer", json={"text": text}).get_json()["abstain"])
     assert "Needs a person:" in client.post("/", data={"text": text}).text
+
+
+@pytest.fixture
+def try_with(make_client, ollama_host, server, run, tmp_path):
+    """try_with(p_hate, setting, **changes): the page with a text's answer, under test_app.run_with's calibration."""
+
+    def page_of(p_hate: float, setting: str = "", **changes) -> str:
+        other = run_with(run, tmp_path, p_hate, **changes)
+        client = make_client(ollama_host, MODEL_DIR=str(other), FLAG_ABOVE=setting)
+        return client.post("/", data={"text": "some text"}).text
+
+    return page_of
+
+
+def words(html: str) -> str:
+    """What a reader sees, in one line."""
+    return " ".join(re.sub("<[^>]*>", " ", html).split())
+
+
+@pytest.mark.parametrize(
+    ("p_hate", "flag", "curve", "row"),
+    [
+        (
+            0.6,
+            "Flagged: its probability of Hate reaches 50 %, the threshold.",
+            "with a probability of Hate of at least 50 %, 70.0 % were Hate, and that finds 93.3 % of all Hate.",
+            "50 %, this text 40 70.0 % 93.3 %",
+        ),
+        (
+            0.2,
+            "Not flagged: its probability of Hate is below 50 %, the threshold.",
+            "with a probability of Hate of at least 5 %, 30.0 % were Hate, and that finds 100.0 % of all Hate.",
+            "5 %, this text 100 30.0 % 100.0 %",
+        ),
+        (0.01, "Not flagged:", "Its probability of Hate is below 5 %, the lowest threshold that was measured.", None),
+    ],
+)
+def test_a_text_is_shown_with_its_flag_and_its_place_on_the_curve(try_with, p_hate, flag, curve, row):
+    html = try_with(p_hate)
+    assert flag in words(html)
+    assert curve in words(html)
+    table = html[html.index("<details") : html.index("</details>")]
+    rows = re.findall(r"<tr ([^>]*)>(.*?)</tr>", table, re.DOTALL)
+    marked = [words(cells) for attributes, cells in rows if "aria-current" in attributes]
+    assert len(rows) == 3
+    assert marked == ([row] if row else [])
+    assert table.count("this text") == len(marked)
+    assert not [tag for tag, attributes in Page(html).tags if tag in ("script", "style") or "style" in attributes]
+
+
+def test_the_setting_decides_on_the_page_as_well(try_with):
+    shown = words(try_with(0.6, setting="0.725"))
+    assert "Not flagged: its probability of Hate is below 72.5 %, the threshold." in shown
+
+
+def test_a_calibration_may_have_found_no_threshold_to_flag_from(try_with):
+    shown = words(try_with(0.6, flag_above=None))
+    assert "Not judged for a flag: no threshold is set, and the calibration found none to propose." in shown
+    assert "All thresholds" in shown
+
+
+@pytest.mark.parametrize("changes", [{"thresholds": []}, {"model_sha256": "0" * 64}])
+def test_without_a_curve_that_applies_none_is_shown(try_with, changes):
+    html = try_with(0.6, flag_above=None, **changes)
+    assert "<details" not in html
+    assert "validation comments" not in html
+    assert "for a flag" not in html
 
 
 def test_an_answer_is_corrected_in_one_click(client):

@@ -25,8 +25,7 @@ import pandas as pd
 import requests
 import torch
 
-import train
-from hatespeech import export, ollama, packing, scoring, task, tuning
+from hatespeech import export, ollama, packing, recording, scoring, task, tuning
 from hatespeech.calibration import Calibration
 from tests.benchmarks.training import BASE, ROOT, SILVER, linear_weights, random_model
 
@@ -175,9 +174,9 @@ def main() -> None:
     stored = json.loads(path.read_text()) if path.exists() else {}
     stored["gpu" if cuda else "cpu"] = {
         "command": "python -m tests.benchmarks.bulk",
-        "commit": train.commit(),
+        "commit": recording.commit(),
         "hardware": tuning.hardware(),
-        "versions": train.versions() | vllm_version(),
+        "versions": recording.versions() | vllm_version(),
         "rows": rows,
     }
     export.write_json(path, stored)

@@ -20,8 +20,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-import train
-from hatespeech import export, tuning
+from hatespeech import export, recording, tuning
 from tests.benchmarks.training import BASE, ROOT, SILVER
 
 TARGETS = ("race", "religion", "origin", "gender", "sexuality", "age", "disability")
@@ -71,9 +70,9 @@ def main() -> None:
         run = export.read_settings(Path(output))
         result = {
             "command": " ".join(["python -m tests.benchmarks.full_size", *options]),
-            "commit": train.commit(),
+            "commit": recording.commit(),
             "hardware": tuning.hardware(),
-            "versions": train.versions(),
+            "versions": recording.versions(),
             "settings": run["settings"] | {"model": shape, "dataset": "made_rows()"},
             "comments": run["data"]["comments"],
             "training": run["training"],

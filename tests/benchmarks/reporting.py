@@ -26,8 +26,7 @@ import pandas as pd
 from sqlalchemy import func, insert, select, text
 from tqdm import tqdm
 
-import train
-from hatespeech import export, queries, reporting, task
+from hatespeech import export, queries, recording, reporting, task
 from hatespeech.queries import Filter, Span
 from hatespeech.store import ANSWERED, Feedback, Request, Store, Tally, tallies_of, tally_rows
 from tests.conftest import RUN, postgres_server
@@ -117,7 +116,7 @@ def main() -> None:
     arguments = parser.parse_args()
     result = {
         "command": "python -m tests.benchmarks.reporting",
-        "commit": train.commit(),
+        "commit": recording.commit(),
         "hardware": f"{len(os.sched_getaffinity(0))} CPU cores",
         "versions": {"python": sys.version.split()[0]},
         "requests": arguments.rows,

@@ -29,8 +29,7 @@ import pandas as pd
 import psutil
 import requests
 
-import train
-from hatespeech import export, ollama, task
+from hatespeech import export, ollama, recording, task
 from tests.conftest import ROOT, RUN, free_port
 
 CLIENTS = (1, 4, 16)
@@ -193,7 +192,7 @@ def main() -> None:
     processor = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "?")
     result = {
         "command": "python -m tests.benchmarks.serving",
-        "commit": train.commit(),
+        "commit": recording.commit(),
         "hardware": f"{processor.split(':')[-1].strip()}, {os.cpu_count()} cores",
         "versions": {"python": platform.python_version()},
         "requests_a_row": 16 if quick else 232,

@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 
 import train
-from hatespeech import data, export, packing, task, tuning
+from hatespeech import data, export, packing, recording, task, tuning
 
 ROOT = Path(train.__file__).parent
 BASE = ROOT / ".cache" / "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -331,9 +331,9 @@ def main() -> None:
     quick = ["--quick", "--seconds", "2"] if arguments.quick else ["--seconds", str(arguments.seconds)]
     result = {
         "command": "python -m tests.benchmarks.training",
-        "commit": train.commit(),
+        "commit": recording.commit(),
         "hardware": tuning.hardware(),
-        "versions": train.versions(),
+        "versions": recording.versions(),
         "seconds": arguments.seconds,
         "rows": [],
     }

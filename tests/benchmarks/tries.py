@@ -1,134 +1,163 @@
-"""The search for the shipped model's settings, on comments with silver labels alone; none of gold is read.
+"""The search for the shipped model's settings, on validation comments alone; no test row is read.
 
-    python -m tests.benchmarks.tries    # a CUDA GPU, 10 minutes; writes results/smollm2-135m/tries.{csv,json}
+    python -m tests.benchmarks.tries --dynahate dynahate.csv    # a CUDA GPU; writes results/smollm2-135m/tries.{csv,json}
 
-One setting at a time is changed from START, with two seeds more to tell chance from gain, then the learning curve:
-fewer comments, as many steps. Every try is measured on the same tenth of silver.csv, calibration cross-fitted there.
-Tries that tries.csv holds are not made again. tries.json has the ceiling that the labels' noise sets.
+Every try is measured on the same tenth of train.parquet's scored comments, its calibration cross-fitted there, and on a
+tenth of each other file, of which only Hate against the rest is known. Tries that tries.csv holds are not made again.
+Several processes share a GPU, which one alone does not fill: --share 0/3, 1/3 and 2/3 at once, each to a file of its own.
 """
 
 import argparse
+import json
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 import train
-from hatespeech import UserError, calibration, data, evaluation, export, tuning
+from hatespeech import UserError, averaging, calibration, data, evaluation, export, recording, task, tuning
 
 ROOT = Path(train.__file__).parent
 BASE = ROOT / ".cache" / "SmolLM2-135M-Instruct.Q4_1.gguf"
-SILVER = ROOT / "tests" / "data" / "silver.csv"
-SHOWN = ("pearson_r", "spearman_r", "roc_auc_hate", "accuracy", "macro_f1", "brier_score")
+DATA = ROOT / "tests" / "data"
+SHOWN = ("pearson_r", "roc_auc_hate", "accuracy", "macro_f1", "expected_calibration_error", "brier_score")
+ALSO = ("hatemojibuild", "dynahate", "sbic", "hatexplain")
 
-START = train.Learning(targets="soft", score_error=0.5, epochs=3, learning_rate=2e-3, batch_size=256)
-CHANGES = [
-    {},
-    {"seed": 1},
-    {"seed": 2},
-    *({"learning_rate": rate} for rate in (5e-4, 1e-3, 4e-3)),
-    *({"share_of_comments": share} for share in (0.0625, 0.125, 0.25, 0.5)),
-    {"orders_averaged": 3},
-    {"targets": "hard"},
-    {"score_error": 1.0},
-    {"at_least_raters": 4},
-    *({"epochs": epochs} for epochs in (2.0, 6.0)),
-    {"rank": 4, "alpha": 8},
-    {"batch_size": 64},
-    {"class_weights": "balanced"},
-]
+START = train.Settings(score_error=0.5, epochs=3, learning_rate=1e-3, batch_size=128)
+BOTH = {"hatemojibuild": 1.0, "dynahate": 1.0}
+
+
+def load(source: str, tokenizer) -> pd.DataFrame:
+    return data.comments(data.read(source), lambda texts: [len(ids) for ids in tuning.encode(tokenizer, texts)]).frame
+
+
+class Rows:
+    """What every try learns from and is measured on. dynahate: the CSV, of which the repository has only hashes."""
+
+    def __init__(self, tokenizer, dynahate: Path):
+        frame = load(str(DATA / "train.parquet"), tokenizer)
+        parts, _ = data.split(frame, {"train": 0.9, "validation": 0.1}, seed=0)
+        self.train, self.validation = parts["train"], parts["validation"]
+        self.also, self.also_validation = {}, {}
+        for name in ALSO:
+            other = load(str(dynahate if name == "dynahate" else DATA / f"{name}.parquet"), tokenizer)
+            other, _ = data.without(other, self.validation)
+            parts, _ = data.split(other, {"train": 0.9, "validation": 0.1}, seed=0)
+            self.also[name], self.also_validation[name] = parts["train"], parts["validation"]
+
+    def chosen(self, also: dict[str, float]) -> tuple[pd.DataFrame, np.ndarray]:
+        """Training comments, and each one's weight."""
+        frames = [self.train, *(self.also[name] for name in also)]
+        weights = np.repeat([1.0, *also.values()], [len(frame) for frame in frames])
+        return pd.concat(frames, ignore_index=True), weights
 
 
 def measure(
-    base: str,
-    tokenizer,
-    splits: dict,
-    at_least_raters: int = 3,
-    share_of_comments: float = 1.0,
-    orders_averaged: int = 1,
-    **changes,
+    rows: Rows, tokenizer, base: str, keep: Path | None, also: dict, members: int = 1, share: float = 1.0, **changes
 ):
-    """One try: its settings and what it reached on validation.
+    """One try: its settings and what it reached.
 
-    orders_averaged: LoRAs of one beginning, trained on the comments in so many orders, averaged to one ("model soup":
-    Wortsman et al. 2022).
+    members: LoRAs of one start, trained on the comments in so many orders, averaged to one ("model soup": Wortsman et
+    al. 2022). share: of the MHS comments. keep: where the probabilities go, for ensembles.
     """
-    learning, rows = replace(START, **changes), splits["train"]
-    steps = round(learning.epochs * len(rows) / learning.batch_size)
-    rows = rows[rows["n_raters"] >= at_least_raters].sample(frac=share_of_comments, random_state=0)
-    prompts = tuning.encode(tokenizer, rows["text"].tolist())
-    started, mean = time.monotonic(), None
-    for order in range(orders_averaged):
-        lora = {"rank": learning.rank, "alpha": learning.alpha, "seed": learning.seed}
-        classifier = tuning.load(base, tokenizer, **lora)
-        schedule = {"steps": steps, "batch_size": learning.batch_size, "learning_rate": learning.learning_rate}
-        done = tuning.fit(classifier, prompts, train.targets_of(rows, learning), **schedule, seed=learning.seed + order)
-        weights = [weight for weight in classifier.model.parameters() if weight.requires_grad]
-        trained = [weight.detach().clone() for weight in weights]
-        mean = trained if mean is None else [a + b for a, b in zip(mean, trained, strict=True)]
-    for weight, total in zip(weights, mean, strict=True):
-        weight.data.copy_(total / orders_averaged)
-    validation = splits["validation"]
-    probabilities = tuning.label_probabilities(classifier, tuning.encode(tokenizer, validation["text"].tolist()))
-    found = evaluation.measure(validation, *calibration.cross_fit(probabilities, validation["score"]))
-    settings = asdict(learning) | {"at_least_raters": at_least_raters, "comments": len(rows), "steps": steps}
-    settings.pop("max_steps")
-    reached = {name: found[name]["value"] for name in SHOWN}
-    return settings | reached | {"last_loss": done["last_loss"], "seconds": round(time.monotonic() - started, 1)}
+    learning, started = replace(START, **changes), time.monotonic()
+    frame, weights = rows.chosen(also)
+    steps = round(learning.epochs * len(frame) / learning.batch_size)
+    if share < 1:
+        kept = np.random.default_rng(0).random(len(frame)) < np.where(np.arange(len(frame)) < len(rows.train), share, 1)
+        frame, weights = frame[kept], weights[kept]
+    prompts = tuning.encode(tokenizer, frame["text"].tolist())
+    goals, states = data.targets(frame, learning.score_error) * weights[:, None], []
+    for order in range(members):
+        classifier = tuning.load(base, tokenizer, rank=learning.rank, alpha=learning.alpha, seed=learning.seed)
+        done = tuning.fit(
+            classifier,
+            prompts,
+            goals,
+            steps=steps,
+            batch_size=learning.batch_size,
+            learning_rate=learning.learning_rate,
+            seed=learning.seed + order,
+        )
+        states.append(averaging.state(classifier.model))
+    averaging.restore(classifier.model, averaging.average(states)[0])
+
+    def predict(texts: pd.Series) -> np.ndarray:
+        return tuning.label_probabilities(classifier, tuning.encode(tokenizer, texts.tolist()))
+
+    probabilities = {"validation": predict(rows.validation["text"])}
+    probabilities |= {name: predict(part["text"]) for name, part in rows.also_validation.items()}
+    if keep:
+        np.savez_compressed(keep, **probabilities)
+    changed = ("score_error", "epochs", "learning_rate", "batch_size", "rank", "alpha", "seed")
+    settings = {name: getattr(learning, name) for name in changed}
+    settings |= {"members": members, "comments": len(frame), "steps": steps}
+    return (
+        settings
+        | reached(rows, probabilities)
+        | {
+            "last_loss": done["last_loss"],
+            "steps_left_out": done["steps_left_out"],
+            "rows_per_s": done["rows_per_s"],
+            "seconds": round(time.monotonic() - started, 1),
+        }
+    )
 
 
-def ceiling(raters: pd.Series, votes: pd.Series) -> dict[str, float]:
-    """How well the silver score can be predicted at all, from how much raters differ about the same comment.
-
-    reliability: the share of the vote shares' variance that is not chance, 1 - mean(p (1 - p) / (n - 1)) / var(p); a
-    predictor that knew what share of all people would vote so could correlate with the observed share by its root.
-    """
-    share = votes / raters
-    reliability = 1 - (share * (1 - share) / (raters - 1)).mean() / share.var()
-    return {"reliability": round(float(reliability), 4), "pearson_r_ceiling": round(float(np.sqrt(reliability)), 4)}
+def reached(rows: Rows, probabilities: dict[str, np.ndarray]) -> dict[str, float]:
+    """The metrics of validation, and how often Hate is told from the rest in the other files."""
+    labels, scores = rows.validation["label"], rows.validation["score"]
+    found = evaluation.measure(rows.validation, *calibration.cross_fit(probabilities["validation"], labels, scores))
+    metrics = {name: found[name]["value"] for name in SHOWN}
+    fitted = calibration.fit(probabilities["validation"], labels, scores)
+    for name, part in rows.also_validation.items():
+        called = fitted.apply(probabilities[name]).argmax(axis=1) == task.LABELS.index("Hate")
+        metrics[name] = round(float((called == (part["label"] == "Hate")).mean()), 4)
+    return metrics
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dynahate", type=Path, required=True, help="made by python -m hatespeech.data")
     parser.add_argument("--base", default=str(BASE), help="a hub id, directory or .gguf file")
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "smollm2-135m")
-    parser.add_argument("--quick", action="store_true", help="few comments, one try: whether it runs at all")
+    parser.add_argument("--tries", type=Path, help="JSON: a list of changes, instead of those here")
+    parser.add_argument("--share", default="0/1", help="K/N: every Nth try from the Kth on")
+    parser.add_argument("--keep", type=Path, help="a folder for each try's probabilities")
     arguments = parser.parse_args()
     evaluation.N_BOOTSTRAP = 10  # intervals are not kept: the seeds tell how much is chance
     tuning.check_base(arguments.base)
     tokenizer = tuning.load_tokenizer(arguments.base)
-    silver = pd.read_csv(SILVER, dtype={"comment_id": str})[: 480 if arguments.quick else None]
-    comments = data.comments(silver, lambda texts: [len(ids) for ids in tuning.encode(tokenizer, texts)]).frame
-    comments = comments.merge(silver[["comment_id", "n_raters", "n_hate_votes"]], on="comment_id")
-    splits = data.split(comments, {"train": 0.9, "validation": 0.1}, seed=0)
+    rows = Rows(tokenizer, arguments.dynahate)
     about = {
-        "command": "python -m tests.benchmarks.tries",
-        "commit": train.commit(),
+        "command": "python -m tests.benchmarks.tries --dynahate dynahate.csv",
+        "commit": recording.commit(),
         "hardware": tuning.hardware(),
-        "versions": train.versions(),
-        "comments": {name: len(part) for name, part in splits.items()},
-        "ceiling": ceiling(comments["n_raters"], comments["n_hate_votes"]),
+        "versions": recording.versions(),
+        "comments": {"train": len(rows.train), "validation": len(rows.validation)}
+        | {name: [len(rows.also[name]), len(rows.also_validation[name])] for name in ALSO},
     }
+    k, n = map(int, arguments.share.split("/"))
+    arguments.output.mkdir(parents=True, exist_ok=True)
     export.write_json(arguments.output / "tries.json", about)
-    path = arguments.output / "tries.csv"
+    path = arguments.output / ("tries.csv" if n == 1 else f"tries{k}.csv")
     done = pd.read_csv(path, dtype={"changed": str}, keep_default_na=False) if path.exists() else pd.DataFrame()
-    changes = [{"epochs": 0.1, "batch_size": 8}] if arguments.quick else CHANGES
-    for number, change in enumerate(changes, start=1):
-        changed = ", ".join(f"{name} {value}" for name, value in change.items()) or "nothing"
-        if len(done) and done["changed"].str.startswith(changed).any():
+    for number, change in list(enumerate(json.loads(arguments.tries.read_text())))[k::n]:
+        changed = json.dumps(change)
+        if len(done) and (done["changed"] == changed).any():
             continue
-        print(f"try {number} of {len(changes)}: changed {changed}", file=sys.stderr, flush=True)
+        print(f"try {number}: {changed}", file=sys.stderr, flush=True)
+        keep = arguments.keep / f"{number}.npz" if arguments.keep else None
         try:
-            row = {"changed": changed} | measure(arguments.base, tokenizer, splits, **change)
+            row = {"changed": changed} | measure(rows, tokenizer, arguments.base, keep, **({"also": {}} | change))
         except UserError as error:  # the loss is no number any more
-            row = {"changed": f"{changed}: {error}"}
+            row = {"changed": changed, "error": str(error)}
         done = pd.concat([done, pd.DataFrame([row])])
         done.to_csv(path, index=False)
-    print(done[["changed", *SHOWN, "seconds"]].to_string(index=False))
-    print(about["ceiling"])
+        print(done[["changed", *SHOWN, *ALSO, "rows_per_s", "seconds"]].tail(1).to_string(index=False), flush=True)
 
 
 if __name__ == "__main__":
