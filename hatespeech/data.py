@@ -310,7 +310,8 @@ def pick(published: Path, hashes: Path, output: Path) -> tuple[int, int]:
     """
     wanted = set(hashes.read_text().split())
     frame = comments(read(str(published))).frame
-    found = frame[frame["text"].map(text_key).isin(wanted)].drop_duplicates("text")
+    found = frame.assign(key=frame["text"].map(text_key)).drop_duplicates("key")
+    found = found[found["key"].isin(wanted)].sort_values("key")  # in one order, however the file is sorted
     with open(output, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["text", "hateful"])

@@ -1,10 +1,10 @@
 """The search for the shipped model's settings, on validation comments alone; no test row is read.
 
-    python -m tests.benchmarks.tries --dynahate dynahate.csv    # a CUDA GPU; writes results/smollm2-135m/tries.{csv,json}
+    python -m tests.benchmarks.tries --dynahate dynahate.csv    # a CUDA GPU; writes tries.csv and tries.json
 
 Every try is measured on the same tenth of train.parquet's scored comments, its calibration cross-fitted there, and on a
 tenth of each other file, of which only Hate against the rest is known. Tries that tries.csv holds are not made again.
-Several processes share a GPU, which one alone does not fill: --share 0/3, 1/3 and 2/3 at once, each to a file of its own.
+Several processes may share a GPU, which one alone does not fill: --share 0/3, 1/3, 2/3, each to a file of its own.
 """
 
 import argparse
