@@ -27,7 +27,7 @@ import torch
 
 from hatespeech import export, ollama, packing, recording, scoring, task, tuning
 from hatespeech.calibration import Calibration
-from tests.benchmarks.training import BASE, ROOT, SILVER, linear_weights, random_model
+from tests.benchmarks.training import BASE, ROOT, ROWS, linear_weights, random_model
 
 RUN = ROOT / "results" / "smollm2-135m"
 
@@ -157,7 +157,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", default=str(BASE), help="a hub id, directory or .gguf file")
     arguments = parser.parse_args()
     tokenizer = tuning.load_tokenizer(arguments.tokenizer)
-    silver, rows = pd.read_csv(SILVER)["text"].drop_duplicates().tolist(), []
+    texts, rows = pd.read_parquet(ROWS)["text"].drop_duplicates().tolist(), []
     cuda = torch.cuda.is_available()
     if cuda or arguments.quick:
         texts = [f"{text} {copy}" for copy in range(6) for text in silver]

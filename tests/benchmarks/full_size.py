@@ -3,7 +3,7 @@
     python -m tests.benchmarks.full_size            # a CUDA GPU, 15 minutes, 60 GB of disk; writes full_size.json
     python -m tests.benchmarks.full_size --quick    # a CPU, a tiny base, few rows; prints only
 
-The base has random weights and the rows are made (texts of silver.csv, numbered; MHS's columns), so it tells times and
+The base has random weights and the rows are made (texts of train.parquet, numbered; MHS's columns), so it tells times and
 memory, and no quality. All settings are the command's defaults. results/benchmarks/full_size.json has the log of what
 the command printed, each line with its second.
 """
@@ -21,15 +21,15 @@ import numpy as np
 import pandas as pd
 
 from hatespeech import export, recording, tuning
-from tests.benchmarks.training import BASE, ROOT, SILVER
+from tests.benchmarks.training import BASE, ROOT, ROWS
 
 TARGETS = ("race", "religion", "origin", "gender", "sexuality", "age", "disability")
 
 
 def made_rows(n_comments: int = 39_565, n_rows: int = 135_556) -> pd.DataFrame:
     """Annotation rows in MHS's schema: 3 or 4 a comment, the score the same in each, answers and targets random."""
-    rng, silver = np.random.default_rng(0), pd.read_csv(SILVER)
-    comments = silver.loc[np.arange(n_comments) % len(silver), ["text", "hate_speech_score"]].reset_index(drop=True)
+    rng, scored = np.random.default_rng(0), pd.read_parquet(ROWS).dropna(subset="hate_speech_score").reset_index()
+    comments = scored.loc[np.arange(n_comments) % len(scored), ["text", "hate_speech_score"]].reset_index(drop=True)
     comments["comment_id"] = np.arange(n_comments)
     comments["text"] += " " + comments.index.astype(str)
     rows = comments.loc[np.sort(np.arange(n_rows) % n_comments)].reset_index(drop=True)

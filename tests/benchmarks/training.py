@@ -4,7 +4,7 @@
     python -m tests.benchmarks.training --quick    # a CPU, a tiny model, prints only
 
 Bases have random weights of the named shape, stored in 4 bit, and SmolLM2's tokenizer: no download. Rows are comments
-of tests/data/silver.csv in the prompt. Each recipe has a process of its own, some steps of warm-up, then `seconds`.
+of tests/data/train.parquet in the prompt. Each recipe has a process of its own, some steps of warm-up, then `seconds`.
 `tflops` counts 4 operations a weight of a linear layer and a token that is no padding (forward, and backward to the
 activations: the base is frozen); activations computed twice and an instruction computed for every row are not useful
 work, so they show in rows/s. `matmul_share` is its share of what a plain bf16 matrix product of such size reaches here.
@@ -27,7 +27,7 @@ from hatespeech import data, export, packing, recording, task, tuning
 
 ROOT = Path(train.__file__).parent
 BASE = ROOT / ".cache" / "SmolLM2-135M-Instruct.Q4_1.gguf"
-SILVER = ROOT / "tests" / "data" / "silver.csv"
+ROWS = ROOT / "tests" / "data" / "train.parquet"
 
 SHAPES = {
     "SmolLM2-135M": {
@@ -102,10 +102,11 @@ def make_base(workload: str, tokenizer_source: str, folder: Path) -> None:
 
 
 def load_rows(tokenizer) -> pd.DataFrame:
-    rows = pd.read_csv(SILVER).sample(4096, random_state=0, ignore_index=True)
+    rows = pd.read_parquet(ROWS).dropna(subset="hate_speech_score").sample(4096, random_state=0, ignore_index=True)
     completions = [task.COMPLETIONS[task.LABELS.index(task.label_of(score))] for score in rows["hate_speech_score"]]
     prompts = [task.prompt(text) for text in rows["text"]]
     frame = pd.DataFrame({"prompt": prompts, "completion": completions, "score": rows["hate_speech_score"]})
+    frame = frame.assign(label=rows["label"], kind="score")
     return frame.assign(tokens=[len(ids) for ids in tokenizer(prompts).input_ids])
 
 
@@ -207,7 +208,7 @@ def with_ours(base: Path, rows: pd.DataFrame, seconds: float, *, share: bool = T
     classifier = tuning.load(str(base), tokenizer, rank=RANK, alpha=ALPHA, seed=0)
     classifier.share_prefix = share
     prompts = tokenizer(rows["prompt"].tolist()).input_ids
-    targets = data.soft_targets(rows["score"], 0.5)
+    targets = data.targets(rows, 0.5)
     batch_size = 256 if cuda else 8
 
     def fit(steps: int) -> dict:
