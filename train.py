@@ -113,8 +113,13 @@ class Settings:
         return cls(**{name: found[name] for name in known})
 
     def as_json(self) -> dict:
-        stored = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
-        return stored | {"output": None}  # the folder may be moved
+        """Without the folder, which may be moved; a path in the checkout as from there."""
+        stored = asdict(self) | {"output": None}
+        for name, value in stored.items():
+            if isinstance(value, Path):
+                here = value.is_absolute() and value.is_relative_to(checks.ROOT)
+                stored[name] = str(value.relative_to(checks.ROOT) if here else value)
+        return stored
 
 
 def main(settings: Settings) -> None:
