@@ -8,6 +8,8 @@ export OLLAMA_HOST=${OLLAMA_HOST:-127.0.0.1:11434}
 export MODEL_DIR=${MODEL_DIR:-results/smollm2-135m}
 export DATABASE_URL=${DATABASE_URL:-sqlite:///$PWD/.data/requests.sqlite3}
 BASE=.cache/SmolLM2-135M-Instruct.Q4_1.gguf
+# What is on this machine is never asked through a proxy.
+export no_proxy=127.0.0.1,localhost,::1,$HOST${no_proxy:+,$no_proxy} NO_PROXY=127.0.0.1,localhost,::1,$HOST${NO_PROXY:+,$NO_PROXY}
 
 usage() {
   cat <<EOF
@@ -21,6 +23,7 @@ Settings, from the environment:
   MODEL_DIR            the run to serve: a folder that python -m train made; now $MODEL_DIR
   DATABASE_URL         the request log; now $DATABASE_URL
   OLLAMA_TIMEOUT_S     seconds an answer of Ollama may take before the service says 503; now ${OLLAMA_TIMEOUT_S:-10}
+  FLAG_ABOVE           the P(Hate) from which an answer is flagged; now ${FLAG_ABOVE:-as the run was calibrated}
   LOG_TEXT             what the log keeps of a text: full, hash (with a secret in LOG_HASH_KEY) or none; now ${LOG_TEXT:-full}
   MAX_IN_FLIGHT        requests at Ollama at a time; MAX_QUEUE more wait, the rest get 503; now ${MAX_IN_FLIGHT:-4} and ${MAX_QUEUE:-32}
   TRUSTED_PROXIES      how many proxies stand before the service; it then demands keys of all; now ${TRUSTED_PROXIES:-0}
@@ -193,6 +196,7 @@ if [ ! -f "$MODEL_DIR/model.gguf" ] && [ ! -d "$MODEL_DIR/merged" ]; then
   own base --into "$BASE"
   .venv/bin/python -m hatespeech.export "$MODEL_DIR" --base "$BASE" || fail "model.gguf could not be made; the reason is above" "mend that and run ./bootstrap.sh again"
 fi
+.venv/bin/python -m hatespeech.checks "$MODEL_DIR" | sed 's/^/  /' || echo "  it is served all the same"
 step "an Ollama that serves"
 start_ollama
 step "the model in Ollama"

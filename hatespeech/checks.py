@@ -88,9 +88,9 @@ def read_gates(path: Path) -> list[dict]:
         gates = json.loads(path.read_text())
         for gate in gates:
             (bound,) = gate.keys() - {"metric"}
-            if bound not in ("at_least", "at_most") or gate["metric"].count(".") != 1:
+            known = bound in ("at_least", "at_most") and isinstance(gate[bound], int | float)
+            if not known or gate["metric"].count(".") != 1:
                 raise ValueError
-            float(gate[bound])
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
         raise UserError(
             f'{path}: a gate is {{"metric": "test.accuracy", "at_least": 0.6}}, or "at_most" ({type(error).__name__})'
@@ -129,7 +129,7 @@ def main() -> None:
     engine = next((name for name in ("as_served", "torch") if name in gates), None)
     if engine is None:
         sys.exit(f"checks: {path} has no gates: python -m train --evaluate-only --output {path.parent}")
-    print(f"gates, {engine.replace('_', ' ')}:")
+    print(f"gates, {'as served' if engine == 'as_served' else 'as trained'}:")
     print("\n".join(f"  {sentence(result)}" for result in gates[engine]))
 
 
