@@ -30,6 +30,7 @@ RUN_ELSEWHERE = {
     "MODEL_DIR=results/mine ./bootstrap.sh": "test_bootstrap.py, with MODEL_DIR of its own",
     "conda env create -f environment.yml": "test_environment_yml_is_the_train_extra (no conda here)",
     "conda activate hatespeech": "as above",
+    "TRUSTED_PROXIES=1 ./bootstrap.sh": "test_auth.py, without the set-up",
     **{
         command: "test_bulk.py, on files, hosts and a cluster of its own"
         for command in COMMANDS
@@ -107,7 +108,7 @@ def test_flask_commands_run(served, tmp_path, run, ollama_host):
             command = re.sub(r"(\w+)\.csv (\w+)\.csv", rf"{tmp_path}/\1.csv {tmp_path}/\2.csv", command)
             subprocess.run(["bash", "-c", command], cwd=ROOT, env=environment, check=True, capture_output=True)
             ran += 1
-    assert ran == 5
+    assert ran == 6
     assert "such a comment," in (tmp_path / "classified.csv").read_text()
 
 
