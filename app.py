@@ -81,7 +81,7 @@ def create_app(config: dict | None = None) -> Flask:
     def begin() -> None:
         g.started, offered = time.perf_counter(), request.headers.get("X-Request-Id", "")
         g.request_id = offered if re.fullmatch(r"[\w.:-]{1,64}", offered, re.ASCII) else uuid.uuid4().hex
-        g.api_key = None
+        g.api_key, g.api_key_id = None, None
 
     auth.register(app, store)
 
@@ -90,6 +90,7 @@ def create_app(config: dict | None = None) -> Flask:
         response.headers |= {
             "X-Request-Id": g.request_id,
             "X-Content-Type-Options": "nosniff",
+            "Cross-Origin-Resource-Policy": "same-origin",
             "Content-Security-Policy": pages.CONTENT_SECURITY_POLICY if request.blueprint else NOTHING_LOADS,
             "Cache-Control": "no-store",
             "Referrer-Policy": "same-origin" if request.blueprint else "no-referrer",

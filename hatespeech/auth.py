@@ -5,6 +5,7 @@ Without a key only this machine is served, and only as long as nobody else can s
 loopback alone, the connection comes from loopback, and no proxy says that it brought somebody else's request.
 """
 
+import re
 from ipaddress import ip_address
 from urllib.parse import urlsplit
 
@@ -14,7 +15,7 @@ from werkzeug.middleware.proxy_fix import ProxyFix
 from werkzeug.sansio.utils import host_is_trusted
 
 from hatespeech import UserError
-from hatespeech.store import Store
+from hatespeech.store import ApiKey, Store
 
 # infer: classify texts and files, and correct the answers. read: figures and logged texts. review: decide on them.
 SCOPES = ("infer", "read", "review")
@@ -45,10 +46,11 @@ SCOPES_OF = {
     "pages.start_file": ("infer",),
     "pages.download": ("infer",),
 }
-# What a proxy adds to a request that it passes on; any of these, and every X-Forwarded-*, says that one did.
-FORWARDING_HEADERS = (
-    *("Forwarded", "Via", "X-Real-Ip", "X-Client-Ip", "X-Cluster-Client-Ip", "True-Client-Ip", "X-Original-Host"),
-    *("X-Original-Forwarded-For", "X-Envoy-External-Address", "Cf-Connecting-Ip", "Fastly-Client-Ip", "X-Host"),
+# What proxies add to a request that they pass on: any of these headers says that one did.
+FORWARDING_HEADER = re.compile(
+    r"forwarded(-for)?|x-forwarded.*|via|cdn-loop|(.*-)?client-ip|x-(real|remote|proxyuser)-(ip|addr)|x-scheme|x-host"
+    r"|x-(original|rewrite|envoy|azure|amzn|arr|appengine|vercel|nf)-.*|(cf|fly|tailscale)-.*",
+    re.IGNORECASE,
 )
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 
@@ -62,7 +64,7 @@ def register(app: Flask, store: Store) -> None:
     n_proxies = proxies_of(app.config["TRUSTED_PROXIES"])
     if n_proxies:
         app.wsgi_app = ProxyFix(app.wsgi_app, x_for=n_proxies, x_proto=n_proxies, x_host=n_proxies)
-    trusted_hosts = [name.strip() for name in app.config["TRUSTED_HOSTS"].split(",") if name.strip()]
+    trusted_hosts = [name.strip().lower() for name in app.config["TRUSTED_HOSTS"].split(",") if name.strip()]
     app.config["TRUSTED_HOSTS"] = None  # Flask's own check of it would also refuse who has a key
     keys_demanded = bool(n_proxies or app.config["REQUIRE_API_KEY"] or not is_loopback(app.config["HOST"]))
     if keys_demanded and not store.api_keys():
@@ -73,17 +75,16 @@ def register(app: Flask, store: Store) -> None:
 
     @app.before_request
     def admit() -> None:
-        if not keys_demanded and not is_one_of_our_names(trusted_hosts):
-            raise Forbidden("this service has no such name: TRUSTED_HOSTS lists those it has besides localhost")
-        if request.method not in SAFE_METHODS and not is_same_origin():
-            raise Forbidden("this request was sent by a page of another site")
-        scopes = SCOPES_OF.get(request.endpoint, OPEN)
-        if scopes:
-            authorise(scopes)
-
-    def authorise(scopes: tuple[str, ...]) -> None:
-        offered = key_offered()
+        offered, scopes = key_offered(), SCOPES_OF.get(request.endpoint, OPEN)
         entry = store.key_named(offered) if offered else None
+        if entry is None and not keys_demanded and not is_one_of_our_names(trusted_hosts):
+            raise Forbidden("this service has no such name: TRUSTED_HOSTS lists those it has besides localhost")
+        if not is_same_origin(changes=request.method not in SAFE_METHODS, opens=not scopes):
+            raise Forbidden("this request was sent by a page of another site")
+        if scopes:
+            authorise(entry, scopes)
+
+    def authorise(entry: ApiKey | None, scopes: tuple[str, ...]) -> None:
         if entry is None:
             # Here, the key of another service does no harm.
             if not keys_demanded and is_local():
@@ -91,7 +92,7 @@ def register(app: Flask, store: Store) -> None:
             raise Unauthorized("an API key is needed: Authorization: Bearer KEY", www_authenticate=None)
         if not set(scopes) & set(entry.scopes.split()):
             raise Forbidden(f"the key {entry.name} lacks the scope {' or '.join(scopes)}")
-        g.api_key = entry.name
+        g.api_key, g.api_key_id = entry.name, entry.sha256
 
 
 def require_scopes(app: Flask) -> None:
@@ -106,33 +107,56 @@ def key_offered() -> str:
     sent = request.authorization
     if sent and sent.type == "basic":
         return sent.password or ""
-    return request.headers.get("Authorization", "").removeprefix("Bearer ") or request.args.get("key", "")
+    if sent and sent.type == "bearer":
+        return sent.token or ""
+    return request.args.get("key", "")
 
 
 def is_local() -> bool:
-    """Whether the request was made on this machine, for this machine: SERVER_NAME is the address that was bound."""
-    forwarded = any(name in FORWARDING_HEADERS or name.startswith("X-Forwarded-") for name, _ in request.headers)
+    """Whether the request was made on this machine, for this machine: SERVER_NAME is the address that was bound.
+
+    nginx, as it comes, passes requests on as HTTP/1.0 and without a word of whom they are from.
+    """
+    forwarded = any(FORWARDING_HEADER.fullmatch(name) for name, _ in request.headers)
+    forwarded = forwarded or request.environ.get("SERVER_PROTOCOL") == "HTTP/1.0"
     return not forwarded and is_loopback(request.remote_addr or "") and is_loopback(request.environ["SERVER_NAME"])
 
 
-def is_same_origin() -> bool:
+def is_same_origin(changes: bool, opens: bool) -> bool:
     """No other site sent this request. A browser says so in Sec-Fetch-Site or Origin; what is no browser needs neither.
 
+    changes: whether the request changes something. One that only reads may come from elsewhere where a person follows a
+    link, or where the route is open to all; a page that embeds it could not read the answer, but could time it.
     https://developer.mozilla.org/en-US/docs/Web/HTTP/Headers/Sec-Fetch-Site
     """
-    if site := request.headers.get("Sec-Fetch-Site"):
-        return site in ("same-origin", "none")
-    origin = request.headers.get("Origin")
-    return origin is None or urlsplit(origin).netloc == request.host
+    site, origin = request.headers.get("Sec-Fetch-Site"), request.headers.get("Origin")
+    if site:
+        link = (request.headers.get("Sec-Fetch-Mode"), request.headers.get("Sec-Fetch-Dest")) == (
+            "navigate",
+            "document",
+        )
+        return site in ("same-origin", "none") or (not changes and (opens or link))
+    if origin is None or not changes:
+        return True
+    try:
+        sender = urlsplit(origin).netloc.lower()
+    except ValueError:
+        return False
+    return bool(sender) and sender == host_header()
+
+
+def host_header() -> str:
+    """As it was sent, in lower case; request.host is empty for names that werkzeug takes for none."""
+    return request.headers.get("Host", "").lower()
 
 
 def is_one_of_our_names(trusted_hosts: list[str]) -> bool:
     """Whether the Host header is a loopback name, or among TRUSTED_HOSTS (werkzeug takes an empty list for all)."""
     try:
-        name = urlsplit(f"//{request.host}").hostname or ""
+        name = urlsplit(f"//{host_header()}").hostname or ""
     except ValueError:
         return False
-    return is_loopback(name) or bool(trusted_hosts and host_is_trusted(request.host, trusted_hosts))
+    return is_loopback(name) or bool(trusted_hosts and host_is_trusted(host_header(), trusted_hosts))
 
 
 def is_loopback(host: str) -> bool:

@@ -35,6 +35,8 @@ def register(app: Flask, store: Store, service: Service) -> None:
     )
     def create(name: str, scopes: str) -> None:
         """Make a key and print it, this once. A key of the same name is replaced."""
+        if not re.fullmatch(r"[\w.@:-]{1,64}", name):
+            raise click.ClickException("a key's name is 1 to 64 letters, digits and . @ : - _")
         wanted = scopes.split(",")
         if unknown := set(wanted) - set(SCOPES):
             raise click.ClickException(f"no such scope: {', '.join(sorted(unknown))}; there are {', '.join(SCOPES)}")

@@ -113,7 +113,7 @@ def register(
 
     @pages.get("/file")
     def file() -> str:
-        return render_template("file.html", uploads=uploads.all(g.api_key))
+        return render_template("file.html", uploads=uploads.all(g.api_key_id))
 
     @pages.post("/file")
     def upload() -> Response:
@@ -121,27 +121,27 @@ def register(
         sent = request.files.get("file")
         if not sent or not sent.filename:
             raise BadRequest("choose a .csv or .parquet file")
-        return redirect(url_for("pages.one_file", name=uploads.keep(sent, g.api_key)), 303)
+        return redirect(url_for("pages.one_file", name=uploads.keep(sent, g.api_key_id)), 303)
 
     @pages.get("/file/<name>")
     def one_file(name: str) -> str:
-        return render_template("one_file.html", upload=uploads.state(name, g.api_key))
+        return render_template("one_file.html", upload=uploads.state(name, g.api_key_id))
 
     @pages.get("/file/<name>/state")
     def file_state(name: str) -> dict:
-        return uploads.state(name, g.api_key)
+        return uploads.state(name, g.api_key_id)
 
     @pages.post("/file/<name>")
     def start_file(name: str) -> Response:
         if request.form.get("action") == "delete":
-            uploads.delete(name, g.api_key)
+            uploads.delete(name, g.api_key_id)
             return redirect(url_for("pages.file"), 303)
-        uploads.start(name, request.form.get("column", ""), g.api_key)
+        uploads.start(name, request.form.get("column", ""), g.api_key_id)
         return redirect(url_for("pages.one_file", name=name), 303)
 
     @pages.get("/file/<name>/download")
     def download(name: str) -> Response:
-        return uploads.send(name, g.api_key)
+        return uploads.send(name, g.api_key_id)
 
     app.register_blueprint(pages)
 
@@ -174,6 +174,8 @@ def filter_of(arguments) -> Filter:
         low, high = (float(arguments[name]) if arguments.get(name) else None for name in ("low", "high"))
     except ValueError as error:
         raise BadRequest("low and high are scores, numbers") from error
+    if "\0" in arguments.get("words", ""):
+        raise BadRequest("words hold no NUL character")
     since, until = _time(arguments, "since"), _time(arguments, "until")
     return Filter(label, low, high, since, until, arguments.get("words", ""), decided)
 
@@ -183,9 +185,12 @@ def _time(arguments, name: str) -> datetime | None:
         return None
     try:
         found = datetime.fromisoformat(arguments[name])
-    except ValueError as error:
+        found = found.astimezone(UTC).replace(tzinfo=None) if found.tzinfo else found
+    except (ValueError, OverflowError) as error:
         raise BadRequest(f"{name} is a date or time as in 2026-11-25 or 2026-11-25T14:00") from error
-    return found.astimezone(UTC).replace(tzinfo=None) if found.tzinfo else found
+    if not 1900 < found.year < 3000:
+        raise BadRequest(f"{name} is a time between the years 1901 and 2999")
+    return found
 
 
 def charts(report: dict) -> list[dict]:

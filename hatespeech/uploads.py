@@ -1,11 +1,13 @@
 """Files that people give the page to classify: kept in a folder each, classified by table.py in a thread.
 
-A file is for the key it was sent with; who needs no key, being on this machine, sees all. `reader` is the key's name.
+A file is for the key it was sent with; who needs no key, being on this machine, sees all. `reader` is the key's sha256,
+since a name may be given again.
 
 All that is known of one is on disk, so any process can tell how far it is, and after a restart it goes on from its
 journal when it is started again.
 """
 
+import csv
 import json
 import re
 import shutil
@@ -39,14 +41,15 @@ class Uploads:
         name = uuid.uuid4().hex
         place = self.folder / name
         place.mkdir(parents=True)
-        sent.save(place / f"input{kind}")
         try:
+            sent.save(place / f"input{kind}")
             columns = table.columns(place / f"input{kind}")
-        except UserError as error:
+            about = {"filename": Path(sent.filename).name, "kind": kind, "columns": columns, "api_key": reader}
+            export.write_json(place / "about.json", about)
+        except (UserError, OSError, ValueError, csv.Error) as error:  # a header that is not UTF-8 is a ValueError
             shutil.rmtree(place)
-            raise BadRequest(str(error).replace(str(place / f"input{kind}"), sent.filename)) from error
-        about = {"filename": Path(sent.filename).name, "kind": kind, "columns": columns, "api_key": reader}
-        export.write_json(place / "about.json", about)
+            words = str(error) if isinstance(error, UserError) else "it can't be read as a table in UTF-8"
+            raise BadRequest(words.replace(str(place / f"input{kind}"), sent.filename)) from error
         return name
 
     def state(self, name: str, reader: str | None) -> dict:

@@ -1,5 +1,6 @@
 """Who may use which route: every route of the app's own URL map, with every kind of key, from everywhere."""
 
+import io
 import itertools
 import re
 
@@ -20,7 +21,8 @@ KEYS = (None, "wrong", "infer", "read", "review")
 ELSEWHERE = {"environ_overrides": {"REMOTE_ADDR": "192.0.2.7"}}
 HEADERS = (
     *("Forwarded", "X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Proto", "X-Forwarded-Anything"),
-    *("x-forwarded-port", "X-Real-IP", "Via", "CF-Connecting-IP", "True-Client-IP"),
+    *("x-forwarded-port", "X-Forwarded", "X-Real-IP", "Via", "CF-Connecting-IP", "True-Client-IP", "Cf-Ray"),
+    *("Client-IP", "Forwarded-For", "X-Remote-Addr", "X-Original-URL", "X-Envoy-Attempt-Count", "Tailscale-User-Login"),
 )
 FOREIGN_HOSTS = (
     "evil.example",
@@ -133,7 +135,12 @@ def test_the_bound_address_counts_whatever_host_says(site):
 
 @pytest.mark.parametrize("host", FOREIGN_HOSTS)
 def test_a_foreign_host_is_not_answered_where_no_key_is_demanded(site, host):
-    check(site, lambda method, key, scopes: 403, headers={"Host": host})
+    """But to who has a key, which a page of another site can't have."""
+
+    def refusal(method, key, scopes):
+        return 403 if key in (None, "wrong") else by_key(key, scopes)
+
+    check(site, refusal, headers={"Host": host})
 
 
 @pytest.mark.parametrize("host", ["localhost:5000", "127.0.0.1", "127.8.9.10:80", "[::1]:5000", "mods.example.org"])
@@ -148,12 +155,63 @@ def test_loopback_names_and_trusted_hosts_are_answered(tmp_path, host):
 
 @pytest.mark.parametrize("headers", FOREIGN_ORIGINS, ids=str)
 def test_no_page_of_another_site_can_change_anything(site, open_site, headers):
+    timed = "Sec-Fetch-Site" in headers  # what it can't read it could still time
+
     def refusal(method, key, scopes):
-        return 403 if method == "POST" else by_key(key, scopes)
+        return 403 if method == "POST" or (timed and scopes) else by_key(key, scopes)
 
     check(open_site, refusal, headers=headers)
     check(site, refusal, headers=headers, **ELSEWHERE)
     assert {site.status(method, rule, headers=headers) for method, rule in DOCUMENTED if method == "POST"} == {403}
+
+
+def test_a_link_on_another_site_may_be_followed(site):
+    link = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "document"}
+    assert site.status("GET", "/report", headers=link) == 200
+    assert site.status("GET", "/report", headers=link | {"Sec-Fetch-Dest": "iframe"}) == 403
+    assert site.status("POST", "/review", headers=link) == 403
+
+
+@pytest.mark.parametrize("origin", ["http://[", "null", "file://", "http://"])
+def test_an_origin_that_is_none_is_another_site(site, origin):
+    for host in ("localhost", "my_host:5000"):
+        headers = {"Origin": origin, "Host": host}
+        assert site.status("POST", "/infer", "infer", headers) == 403
+
+
+def test_the_host_is_compared_as_it_was_sent(open_site):
+    for host, origin in (("my_host:5000", "http://my_host:5000"), ("LOCALHOST:5000", "http://localhost:5000")):
+        assert open_site.status("POST", "/infer", "infer", {"Host": host, "Origin": origin}) not in (401, 403)
+
+
+def test_http_1_0_is_how_nginx_passes_on_what_others_asked(site):
+    passed_on = {"environ_overrides": {"SERVER_PROTOCOL": "HTTP/1.0"}}
+    check(site, lambda method, key, scopes: by_key(key, scopes), **passed_on)
+
+
+def test_a_bearer_token_may_be_spelled_in_lower_case(open_site):
+    sent = open_site.client.get("/metrics", headers={"Authorization": f"bearer {open_site.keys['read']}"})
+    assert sent.status_code == 200
+
+
+def test_a_new_key_of_an_old_name_sees_no_old_file(tmp_path):
+    site = Site(tmp_path, REQUIRE_API_KEY="1")
+    own = {"Authorization": f"Bearer {site.keys['infer']}"}
+    sent = {"file": (io.BytesIO(b"text\nsome words\n"), "mine.csv")}
+    place = site.client.post("/file", data=sent, headers=own).location
+    new = Store(site.app.config["DATABASE_URL"]).create_key("infer", ["infer"])
+    assert site.client.get(place, headers={"Authorization": f"Bearer {new}"}).status_code == 404
+
+
+@pytest.mark.parametrize(
+    "body", [b"\xff\xfe\x00\x01,a\n1,2\n", b'"' + b"a" * 200_000 + b'"\n1\n', b"", b"n\xe4me\n1\n"]
+)
+@pytest.mark.parametrize("name", ["x.csv", "x.parquet"])
+def test_a_broken_upload_harms_nobody(tmp_path, body, name):
+    site = Site(tmp_path)
+    assert site.client.post("/file", data={"file": (io.BytesIO(body), name)}).status_code == 400
+    assert site.client.get("/file").status_code == 200
+    assert not list((tmp_path / "files").iterdir())
 
 
 def test_a_file_is_for_the_key_it_was_sent_with(tmp_path):
