@@ -93,7 +93,7 @@ class Settings:
     gate: Path | None = None
     """Export no model that does not reach what this file asks. Default: results/gates.json, of which is only said."""
     quantize: Literal["F16", "Q8_0", "Q4_K_M"] = "F16"
-    """The format of model.gguf. Less than F16 is Ollama's work: smaller, on a GPU faster, not the same model."""
+    """The format of model.gguf. Less than F16 (by llama-quantize): smaller, on a GPU faster, not the same model."""
     checkpoint_every_s: float = 60.0
     """Save progress so often. The same command goes on from it after Ctrl-C, kill -9 or a power cut."""
     note: str = ""
@@ -189,10 +189,8 @@ def check(settings: Settings) -> None:
     for flag, holds, rule in rules:
         if not holds:
             raise UserError(f"--{flag} {rule}")
-    if settings.quantize != "F16" and not shutil.which("ollama"):
-        raise UserError(
-            f"--quantize {settings.quantize} is Ollama's work, and there is no `ollama` command: install it"
-        )
+    if settings.quantize != "F16" and not settings.evaluate_only:
+        export.quantizer()  # found or built now, not when hours of training are over
 
 
 COUNTS = ("batch-size", "rank", "alpha", "members")
@@ -276,41 +274,44 @@ def refuse_failed(work: Path, settings: Settings) -> None:
 def finish_gguf(folder: Path, classifier, quantize: str, texts: list[str], expected: np.ndarray) -> None:
     """Make sure of a model.gguf that Ollama serves with training's probabilities, and bind the calibration to it.
 
-    expected: (n, 3), torch's label probabilities of the texts. Merged safetensors go through the first converter at
-    hand whose file passes. Without an `ollama` command nothing is checked, and merged safetensors stay as they are;
-    both are said.
+    expected: (n, 3), torch's label probabilities of the texts. Without an `ollama` command nothing is checked, which is
+    said. Quantised, the model is not the one that the calibration was fitted for, and is served uncalibrated until
+    --evaluate-only has fitted it anew.
     """
-    if not shutil.which("ollama"):
-        print("no `ollama` command here: what it will serve is not checked; python -m train --evaluate-only does later")
-        if (folder / "merged").exists():
-            path = folder / "Modelfile"
-            path.write_text(path.read_text().replace("./model.gguf", "./merged"))
-            print("merged/ stays as 16-bit safetensors; ollama create converts it")
-            return
+    maker, tokens, served = export.converted(folder), tuple(classifier.label_tokens), bool(shutil.which("ollama"))
+    if served:
+        check_served(folder, maker, tokens, texts, expected)
     else:
-        tokens = tuple(classifier.label_tokens)
-        for converted in export.converted(folder, classifier.tokenizer):
-            try:
-                difference = np.abs(ollama.served_once(folder, tokens, texts) - expected).mean()
-            except ollama.OllamaError as error:
-                print(f"{converted}: {error}")
-                continue
-            if difference <= SERVED_TOLERANCE:
-                break
-            print(f"{converted}: Ollama serves other probabilities than training saw, by {difference:.2f} on average")
-        else:
-            raise UserError(
-                f"no model.gguf serves what was trained: this base's weights or tokens are read otherwise. {folder} "
-                "keeps what was trained; give the base as a .gguf, or a llama.cpp checkout: UNSLOTH_LLAMA_CPP_PATH"
-            )
-        print(f"served by Ollama, label probabilities differ from training's by {difference:.4f} on average")
-        if quantize != "F16":
-            ollama.convert(folder, "./model.gguf", "--quantize", quantize)
-            difference = np.abs(ollama.served_once(folder, tokens, texts) - expected).mean()
-            print(f"quantised to {quantize} by Ollama, they differ by {difference:.4f}; --evaluate-only tells the cost")
-        shutil.rmtree(folder / "merged", ignore_errors=True)
+        print("no `ollama` command here: what it will serve is not checked; python -m train --evaluate-only does later")
     fitted = calibration.Calibration.load(folder / "calibration.json")
     replace(fitted, model_sha256=export.sha256_of(folder / "model.gguf")).save(folder / "calibration.json")
+    if quantize != "F16":
+        export.quantise(folder, quantize)
+        print(f"quantised to {quantize} by llama-quantize", end="")
+        if served:
+            difference = np.abs(ollama.served_once(folder, tokens, texts) - expected).mean()
+            print(f": label probabilities differ from training's by {difference:.4f} on average", end="")
+        print("\nthe calibration was fitted before that, so the service answers `calibrated: false` until")
+        print("`python -m train --evaluate-only` has fitted it to what is served, and told what quantising costs")
+    shutil.rmtree(folder / "merged", ignore_errors=True)
+
+
+def check_served(folder: Path, maker: str, tokens: tuple[str, ...], texts: list[str], expected: np.ndarray) -> None:
+    """Refuse a model.gguf that Ollama reads otherwise than training did. maker: what made it."""
+    try:
+        difference = np.abs(ollama.served_once(folder, tokens, texts) - expected).mean()
+    except ollama.OllamaError as error:
+        print(f"{maker}: {error}")
+        difference = np.inf
+    if difference <= SERVED_TOLERANCE:
+        print(f"served by Ollama, label probabilities differ from training's by {difference:.4f} on average")
+        return
+    if np.isfinite(difference):
+        print(f"{maker}: Ollama serves other probabilities than training saw, by {difference:.2f} on average")
+    raise UserError(
+        f"no model.gguf serves what was trained: this base's weights or tokens are read otherwise. {folder} "
+        "keeps what was trained; give the base as a .gguf, or a llama.cpp checkout: UNSLOTH_LLAMA_CPP_PATH"
+    )
 
 
 def evaluate(folder: Path, settings: Settings) -> None:
@@ -362,7 +363,8 @@ def stored_splits(folder: Path, run: dict, trained: Settings) -> dict[str, pd.Da
     Raises UserError where the validation or test comments are not what they were.
     """
     sources = [source for source in (trained.dataset, trained.test_dataset) if source]
-    pool = pd.concat([data.comments(data.read(source)).frame for source in sources])
+    others = [source for source in trained.also if Path(source).exists()]
+    pool = pd.concat([data.comments(data.read(source)).frame for source in (*others, *sources)])
     pool = pool.drop_duplicates("comment_id", keep="last").set_index("comment_id", drop=False)
     splits = {}
     for name, ids in recording.read_splits(folder).items():

@@ -27,7 +27,7 @@ HUB_ID = "ucberkeley-dlab/measuring-hate-speech"
 KINDS = ("score", "class", "not_hate")
 # As people write them in a `label` column, in lower case, with neither blanks nor signs.
 _LABEL_NAMES = {label.lower(): label for label in task.LABELS} | {"nothate": task.NOT_HATE}
-_FLAGS = {"1": "Hate", "true": "Hate", "yes": "Hate"} | dict.fromkeys(("0", "false", "no"), task.NOT_HATE)
+_FLAGS = dict.fromkeys(("1", "1.0", "true", "yes"), "Hate") | dict.fromkeys(("0", "0.0", "false", "no"), task.NOT_HATE)
 # Every cell as it stands in the file: an id 007 is no number, and a text may be the word null.
 _READERS = {
     ".csv": functools.partial(pd.read_csv, dtype=str, keep_default_na=False),

@@ -32,7 +32,8 @@ def measure(frame: pd.DataFrame, probabilities: np.ndarray, expected: np.ndarray
 
     frame: columns label and score. probabilities: (n, 3) in task.LABELS' order. expected: (n,) expected scores.
     Three-way metrics are of the comments whose class is known, correlations of those whose score is, and what is of
-    Hate against the rest (accuracy_hate, roc_auc_hate ...) of all; null where there are none.
+    Hate against the rest (accuracy_hate, roc_auc_hate ...) of all; null where there are none. Where a class is known of
+    Hate alone, as in a set of flags, three-way metrics are null too.
     precision, recall and f1 are as scikit-learn defines them, the averages over the three classes; roc_auc_hate and
     average_precision_hate are of P(Hate) against the rest; expected_calibration_error is of the label's confidence in
     ten bins of equal width (Guo et al. 2017), its interval moved by the bootstrap's own estimate of its bias, without
@@ -44,7 +45,7 @@ def measure(frame: pd.DataFrame, probabilities: np.ndarray, expected: np.ndarray
     low, high = points[1:].quantile(0.025), points[1:].quantile(0.975)
     bias = (points[1:].mean() - points.iloc[0])["expected_calibration_error"]
     for bound in (low, high):
-        bound["expected_calibration_error"] = max(0.0, bound["expected_calibration_error"] - bias)
+        bound["expected_calibration_error"] = np.maximum(0.0, bound["expected_calibration_error"] - bias)
     return {"n": len(frame)} | {
         name: {"value": _rounded(points[name][0]), "low": _rounded(low[name]), "high": _rounded(high[name])}
         for name in points
@@ -100,8 +101,10 @@ def _point(truth, scores, probabilities, expected) -> dict[str, float]:
 
 
 def _of_classes(truth: np.ndarray, probabilities: np.ndarray) -> dict[str, float]:
-    """Three-way metrics of the comments whose class is known."""
+    """Three-way metrics of the comments whose class is known; of none where that is known of Hate alone."""
     known = truth >= 0
+    if not known.all() and (truth[known] == HATE).all():  # of flags alone; accuracy would be the recall of Hate
+        known[:] = False
     truth, probabilities, n = truth[known], probabilities[known], known.sum()
     names = ("precision", "recall", "f1")
     if not n:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hatespeech import UserError, ollama, task
+from hatespeech import UserError, install, task
 
 MODELFILE = f'''# What a run's folder serves: `ollama create NAME -f results/<run>/Modelfile`. Every run gets this file.
 FROM ./model.gguf
@@ -80,7 +80,10 @@ def read_settings(run: Path) -> dict:
 
 
 def write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    """Whole or not at all. Raises ValueError for what is no text, a lone surrogate."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(part, path)
 
 
 def sha256_of(path: Path) -> str:
@@ -89,16 +92,16 @@ def sha256_of(path: Path) -> str:
 
 
 def write_weights(classifier, base: str, folder: Path) -> None:
-    """The trained LoRA as `adapter/` (PEFT), `adapter.gguf`, merged weights and the Modelfile that serves them.
+    """The trained LoRA as `adapter/` (PEFT), its base's weights with it merged, and the Modelfile that serves them.
 
-    A .gguf base gives `model.gguf` (F16). Others give `merged/`, 16-bit safetensors, for Ollama's converter.
+    A .gguf base gives `model.gguf` (F16), and `adapter.gguf`, which with the base is all that need be shipped. Others
+    give `merged/`, 16-bit safetensors for llama.cpp's converter.
     """
     model = classifier.model
     model.save_pretrained(folder / "adapter")
     (folder / "Modelfile").write_text(MODELFILE)
-    if model.config.model_type in _ROTARY_INTERLEAVED or base.endswith(".gguf"):
-        write_adapter(model, folder / "adapter.gguf")
     if base.endswith(".gguf"):
+        write_adapter(model, folder / "adapter.gguf")
         merge(Path(base), folder / "adapter.gguf", folder / "model.gguf")
         return
     write_merged(model, classifier.tokenizer, folder / "merged")
@@ -133,16 +136,25 @@ def write_merged(model, tokenizer, folder: Path) -> None:
     flush()
     write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
     config = {key: value for key, value in model.config.to_dict().items() if key != "quantization_config"}
-    # Ollama's converter (0.24) looks for rope_theta where it was before transformers 5, and takes 10000 if it isn't.
-    config = (config.get("rope_parameters") or {}) | config | {"dtype": "float16"}
-    if config["model_type"] == "mistral":  # the converter does not know the name; but for the window it is a Llama
-        config |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
-    write_json(folder / "config.json", config)
+    write_json(folder / "config.json", config | {"dtype": "float16"})
     tokenizer.save_pretrained(folder)
+    _correct_byte_fallback(folder / "tokenizer.json")
     # The converter wants sentencepiece's own file where the base has one; transformers 5 writes tokenizer.json alone.
     base = model.peft_config["default"].base_model_name_or_path
     if vocabulary := cached_file(base, "tokenizer.model", _raise_exceptions_for_missing_entries=False):
         shutil.copy(vocabulary, folder)
+
+
+def _correct_byte_fallback(path: Path) -> None:
+    """Say in a tokenizer.json that its BPE does not fall back to byte tokens, where it has none.
+
+    transformers 5 says it does of all that it reads from a GGUF. The converter takes such a tokenizer for
+    sentencepiece's, and writes a wrong vocabulary.
+    """
+    tokenizer = json.loads(path.read_text())
+    if tokenizer["model"].get("byte_fallback") and "<0x00>" not in tokenizer["model"]["vocab"]:
+        tokenizer["model"]["byte_fallback"] = False
+        path.write_text(json.dumps(tokenizer, ensure_ascii=False))
 
 
 def _merged_tensors(causal) -> Iterator[tuple[str, object]]:
@@ -168,56 +180,80 @@ def _merged_tensors(causal) -> Iterator[tuple[str, object]]:
             yield f"{path}.{name}", weight.to("cpu", torch.float16).contiguous()
 
 
-def converted(folder: Path, tokenizer) -> Iterator[str]:
-    """Make model.gguf of merged/ with one converter after the other, for as long as the caller asks for another.
+def converted(folder: Path) -> str:
+    """Make model.gguf of merged/ by llama.cpp's converter, which is fetched where there is none; returns who made it.
 
-    Yields who made it: llama.cpp's own converter, where unsloth keeps a checkout of it, then Ollama's. A model.gguf
-    that is there without merged/ is the only one. A converter that refuses is named and passed over.
+    A model.gguf that is there without merged/ stays. Raises UserError where there is no converter to be had, or it
+    refuses the model.
     """
     if not (folder / "merged").exists():
-        yield "merging with the gguf package"
-        return
-    llama_cpp = Path(os.environ.get("UNSLOTH_LLAMA_CPP_PATH", Path.home() / ".unsloth" / "llama.cpp"))
-    script = llama_cpp / "convert_hf_to_gguf.py"
-    if script.exists():
-        print(f"converting the merged weights to GGUF with {script}")
-        command = [sys.executable, script, "merged", "--outfile", "model.gguf", "--outtype", "f16"]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-        if done.returncode:
-            print(f"{script}: {(done.stderr.strip().splitlines() or ['no reason given'])[-1]}")
-        else:
-            yield str(script)
-    print("converting the merged weights to GGUF with Ollama's own converter")
-    ollama.convert(folder, "./merged")
-    name_pretokenizer(folder / "model.gguf", tokenizer)
-    yield "Ollama's converter"
+        return "merging with the gguf package"
+    script = _of_llama_cpp(_CONVERTER)
+    print(f"converting the merged weights to GGUF with {script}")
+    command = [sys.executable, script, "merged", "--outfile", "model.gguf.part", "--outtype", "f16"]
+    _run(command, folder, f"{script} can't convert the merged weights")
+    os.replace(folder / "model.gguf.part", folder / "model.gguf")
+    return str(script)
 
 
-def name_pretokenizer(gguf_path: Path, tokenizer) -> None:
-    """Where Ollama's converter did not know a tokenizer's way to split words and wrote `default`, write what it is.
+def quantise(folder: Path, kind: str) -> None:
+    """Replace a folder's model.gguf by itself in fewer bits. kind: as llama-quantize names it, Q8_0 or Q4_K_M.
 
-    Known here: digits one by one (SmolLM's), and GPT-2's own. Others stay; train.finish_gguf tells if that is wrong.
+    Raises UserError where there is no llama-quantize, or it fails.
     """
-    file = _read(gguf_path)
-    entry = file.get_field("tokenizer.ggml.pre")
-    if entry is None or entry.contents() != "default":
-        return
-    splitter = json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"] or {}
-    kinds = [part["type"] for part in splitter.get("pretokenizers", [splitter])]
-    name = {("Digits", "ByteLevel"): "smollm", ("ByteLevel",): "gpt-2"}.get(tuple(kinds))
-    if name is None:
-        return
-    part = gguf_path.with_name(gguf_path.name + ".part")
-    writer = start_gguf(part, file, {"tokenizer.ggml.pre": name})
-    for tensor in file.tensors:
-        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-    write_gguf(writer, part, gguf_path)
+    command = [quantizer(), "model.gguf", "model.gguf.part", kind]
+    _run(command, folder, f"llama-quantize can't make {kind} of model.gguf")
+    os.replace(folder / "model.gguf.part", folder / "model.gguf")
+
+
+def quantizer() -> Path:
+    """The llama-quantize command, which is built where there is none. UserError where that can't be done."""
+    found = shutil.which(_QUANTIZER)
+    return Path(found) if found else _of_llama_cpp(_QUANTIZER)
+
+
+_CONVERTER, _QUANTIZER = "convert_hf_to_gguf.py", "llama-quantize"
+# Where a llama.cpp of ours is put: hatespeech/install.py makes it.
+LLAMA_CPP = Path(__file__).parent.parent / ".cache" / "llama.cpp"
+
+
+def _of_llama_cpp(name: str) -> Path:
+    """A file of llama.cpp: of unsloth's checkout, of an Ollama built here, or of our own, which is fetched if need be.
+
+    Raises UserError, with what to do, where that fails.
+    """
+    folders = [Path.home() / ".unsloth" / "llama.cpp", LLAMA_CPP]
+    if command := shutil.which("ollama"):
+        library = Path(command).resolve().parent.parent / "lib"
+        folders[1:1] = [library / "llama.cpp", library / "ollama"]
+    if given := os.environ.get("UNSLOTH_LLAMA_CPP_PATH"):
+        folders.insert(0, Path(given).resolve())
+    paths = [folder / inner / name for folder in folders for inner in ("", "build/bin")]
+    if found := [path for path in paths if path.is_file()]:
+        return found[0]
+    print(f"no {name} of llama.cpp here: fetching it into {LLAMA_CPP}", flush=True)
+    try:
+        return Path(install.converter(LLAMA_CPP, name == _QUANTIZER)) / name
+    except install.Failure as failure:
+        raise UserError(
+            f"{name} of llama.cpp can't be had: {failure.cause}. Mend that ({failure.remedy}), or give a llama.cpp "
+            "checkout: UNSLOTH_LLAMA_CPP_PATH=FOLDER. Then run the same command again: nothing trained is lost, it "
+            "goes on from its checkpoint"
+        ) from failure
+
+
+def _run(command: list[str | Path], folder: Path, failed: str) -> None:
+    # Offline: all that the converter needs is in the folder.
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, errors="replace")
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise UserError(f"{failed}: {reason[-500:]}. {folder} keeps what was trained")
 
 
 def write_adapter(model, path: Path) -> None:
-    """A PEFT LoRA as the GGUF that llama.cpp and Ollama's ADAPTER read, in fp16.
+    """A PEFT LoRA as the GGUF that llama.cpp reads, in fp16.
 
-    Written here because Ollama's own converter of PEFT's safetensors leaves q and k in the wrong rotary order.
     model: a PeftModel. Raises UserError for an architecture whose order is not known here.
     """
     import gguf
@@ -309,9 +345,12 @@ def _read(path: Path):
 
 
 def complete(run: Path, base: Path | None) -> None:
-    """Make `model.gguf` in a run's folder that was shipped as its adapter alone, from the base its settings name."""
+    """Make `model.gguf` in a run's folder that was shipped without: of its adapter and the base its settings name."""
     merged = run / "model.gguf"
-    if merged.exists() or (run / "merged").exists():
+    if merged.exists():
+        return
+    if (run / "merged").exists():
+        converted(run)
         return
     expected = read_settings(run)["base"]
     if base is None:

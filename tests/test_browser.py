@@ -16,7 +16,7 @@ from werkzeug.serving import make_server
 from app import create_app
 from hatespeech import store as log
 from tests.conftest import ROOT
-from tests.test_data import GOLD
+from tests.test_data import TEST
 from tests.test_pages import HOSTILE
 
 SHOTS = ROOT / "tests" / "screenshots"
@@ -41,7 +41,7 @@ def site(server, ollama_host, run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("site")
     config = {"MODEL_DIR": str(run), "OLLAMA_HOST": ollama_host, "UPLOADS_DIR": str(folder / "files")}
     app = create_app(config | {"DATABASE_URL": f"sqlite:///{folder}/log.sqlite3"})
-    client, texts = app.test_client(), pd.read_csv(GOLD)["text"]
+    client, texts = app.test_client(), pd.read_parquet(TEST)["text"]
     with pytest.MonkeyPatch.context() as patch:
         now = log._now()
         for day in range(5):

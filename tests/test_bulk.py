@@ -18,7 +18,7 @@ from pyarrow import parquet
 from hatespeech import UserError, bulk, scoring, task
 from hatespeech.calibration import Calibration
 from tests.conftest import ROOT, RUN
-from tests.test_data import GOLD, SILVER
+from tests.test_data import TEST, TRAIN
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def ray():
 @pytest.fixture(scope="module")
 def rows() -> pd.DataFrame:
     """Comments with an id each; some come twice, one is empty, one too long, one holds a NUL."""
-    texts = pd.read_csv(GOLD)["text"][:12].tolist()
+    texts = pd.read_parquet(TEST)["text"][:12].tolist()
     texts += [*texts[:3], 'quoted, "as in CSV"\nand over two lines', "", "word " * 3000, "a\0b"]
     return pd.DataFrame({"id": [f"{number:03}" for number in range(len(texts))], "text": texts})
 
@@ -185,7 +185,7 @@ def test_what_a_worker_fails_of_is_told(ray, run, stand_in, tmp_path):
 
 @pytest.mark.slow
 def test_a_thousand_texts_get_the_services_answers(run, server):
-    texts = pd.concat([pd.read_csv(GOLD), pd.read_csv(SILVER)])["text"].drop_duplicates()
+    texts = pd.concat([pd.read_parquet(TEST), pd.read_parquet(TRAIN)])["text"].drop_duplicates()
     texts = texts[texts.str.len() <= 120][:1000].tolist()  # short, to save time: tests/benchmarks/bulk.py takes any
     calibration = Calibration.load(run / "calibration.json")
     with ThreadPoolExecutor(4) as pool:
@@ -224,7 +224,7 @@ def test_kill_9_of_the_driver_then_of_a_node_loses_no_row_and_doubles_none(run, 
     cluster = cluster_utils.Cluster(initialize_head=True, head_node_args=head)
     second = cluster.add_node(**node)
     cluster.wait_for_nodes()
-    texts = pd.read_csv(SILVER)["text"].drop_duplicates()[:84].tolist()
+    texts = pd.read_parquet(TRAIN)["text"].drop_duplicates()[:84].tolist()
     rows = pd.DataFrame({"id": range(112), "text": (texts + texts)[:112]})
     (tmp_path / "in").mkdir()
     for number in range(4):

@@ -14,10 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hatespeech import checkpoint, export
+from hatespeech import checkpoint, checks, export
 from tests.benchmarks.exactness import SHAPE, random_base
 from tests.conftest import ROOT
-from tests.test_data import SILVER
+from tests.test_checks import SMALL
+from tests.test_data import TRAIN
 
 
 @pytest.fixture(scope="module")
@@ -27,10 +28,12 @@ def base(tokenizer, tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def arguments(base, tmp_path_factory) -> list[str]:
-    rows = tmp_path_factory.mktemp("rows") / "some.csv"
-    pd.read_csv(SILVER)[:300].to_csv(rows, index=False)
-    settings = {"model": base, "dataset": rows, "batch-size": 8, "max-steps": 40, "learning-rate": 3e-3}
-    settings |= {"class-weights": "balanced", "checkpoint-every-s": 0}
+    """Of two members, so that a run can be stopped in either."""
+    folder = tmp_path_factory.mktemp("rows")
+    pd.read_parquet(TRAIN)[:400].to_csv(folder / "some.csv", index=False)
+    pd.DataFrame(SMALL, columns=checks.COLUMNS).to_csv(folder / "checks.csv", index=False)
+    settings = {"model": base, "dataset": folder / "some.csv", "functional": folder / "checks.csv", "members": 2}
+    settings |= {"batch-size": 8, "max-steps": 40, "learning-rate": 3e-3, "checkpoint-every-s": 0}
     return [str(part) for name, value in settings.items() for part in (f"--{name}", value)]
 
 
@@ -70,7 +73,8 @@ def wait_for_checkpoint(path: Path, after: float) -> None:
 def test_ctrl_c_then_kill_9_then_the_same_result(arguments, whole, tmp_path):
     """To the bit: adapter and metrics."""
     folder = tmp_path / "run"
-    saved = tmp_path / "run.incomplete" / export.CHECKPOINT
+    saved = tmp_path / "run.incomplete" / export.checkpoint_name(0)
+    of_the_second = saved.with_name(export.checkpoint_name(1))
     first = start(arguments, folder)
     wait_for_checkpoint(saved, 0)
     first.send_signal(signal.SIGINT)
@@ -80,17 +84,20 @@ def test_ctrl_c_then_kill_9_then_the_same_result(arguments, whole, tmp_path):
     assert "Traceback" not in errors
 
     second = start(arguments, folder)
-    wait_for_checkpoint(saved, saved.stat().st_mtime)
+    wait_for_checkpoint(of_the_second, 0)
     second.kill()
     second.wait()
     assert not folder.exists()
 
     output = finish(start(arguments, folder))
-    assert "going on from step " in output
+    assert "going on from step 40, which" in output
+    assert output.count("going on from step ") == 2
     assert torch.equal(weights(folder), weights(whole))
     assert (folder / "metrics.json").read_text() == (whole / "metrics.json").read_text()
-    assert not (folder / export.CHECKPOINT).exists()
-    assert json.loads((folder / "settings.json").read_text())["training"]["rows"] == 40 * 8
+    assert not list(folder.glob("checkpoint*"))
+    training = json.loads((folder / "settings.json").read_text())["training"]
+    assert (training["members"], training["steps"], training["rows"]) == (2, 2 * 40, 2 * 40 * 8)
+    assert 0 < training["update_lost_by_the_rank"] < 0.5
 
 
 @pytest.mark.slow

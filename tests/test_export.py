@@ -40,9 +40,12 @@ def test_a_run_that_fails_stays_visibly_incomplete_and_can_start_again(tmp_path,
 def test_a_checkpoint_outlives_a_run_that_fails_but_not_one_that_ends(tmp_path, capsys):
     work = tmp_path / "mine.incomplete"
     work.mkdir()
-    (work / export.CHECKPOINT).write_text("progress")
+    for member in (0, 11):
+        (work / export.checkpoint_name(member)).write_text("progress")
+    (work / "half.json").write_text("{")
     with export.run_folder(tmp_path / "mine"):
-        assert (work / export.CHECKPOINT).exists()
+        assert sorted(path.name for path in work.glob("*.pt")) == ["checkpoint0.pt", "checkpoint11.pt"]
+        assert not (work / "half.json").exists()
     assert "its checkpoint stays" in capsys.readouterr().out
     assert list((tmp_path / "mine").iterdir()) == []
 
@@ -160,23 +163,15 @@ def test_merged_safetensors_compute_what_was_trained(four_bit, tokenizer, tmp_pa
     assert (merged - expected).abs().max() < 0.01 * (expected - untrained).abs().max()
 
 
-def test_llama_cpps_converter_comes_first_then_ollamas(tokenizer, tmp_path, monkeypatch, capsys):
-    """A stand-in for llama.cpp's checkout, which the tests don't have."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "tie_word_embeddings": True}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape, **heads)).save_pretrained(tmp_path / "merged")
-    tokenizer.save_pretrained(tmp_path / "merged")
-    (tmp_path / "Modelfile").write_text(export.MODELFILE)
+def test_the_converter_is_unsloths_where_it_has_one_and_its_refusal_is_told(tmp_path, monkeypatch):
+    """A stand-in for the converter; the real one is test_convert.py's."""
+    (tmp_path / "merged").mkdir()
     monkeypatch.setenv("UNSLOTH_LLAMA_CPP_PATH", str(tmp_path))
     script = tmp_path / "convert_hf_to_gguf.py"
     script.write_text("import sys; open(sys.argv[3], 'w').write(' '.join(sys.argv[1:]))")
-    makers = export.converted(tmp_path, tokenizer)
-    assert next(makers) == str(script)
-    assert (tmp_path / "model.gguf").read_text() == "merged --outfile model.gguf --outtype f16"
-    assert next(makers) == "Ollama's converter"
-    assert len(gguf.GGUFReader(tmp_path / "model.gguf").tensors) > 9
+    assert export.converted(tmp_path) == str(script)
+    assert (tmp_path / "model.gguf").read_text() == "merged --outfile model.gguf.part --outtype f16"
     script.write_text("raise NotImplementedError('Architecture X not supported!')")
-    assert next(export.converted(tmp_path, tokenizer)) == "Ollama's converter"
-    assert "NotImplementedError: Architecture X not supported!" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"can't convert.*Architecture X not supported!"):
+        export.converted(tmp_path)
+    assert (tmp_path / "model.gguf").exists()  # the good one stays

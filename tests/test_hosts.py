@@ -19,7 +19,7 @@ from hatespeech.hosts import LEFT_OUT_S, Hosts
 from hatespeech.ollama import BadAnswer, Ollama, OllamaError
 from hatespeech.store import ANSWERED, Store
 from tests.conftest import ROOT, RUN, free_port
-from tests.test_data import GOLD
+from tests.test_data import TEST
 from tests.test_service import start  # noqa: F401  the fixture
 
 
@@ -113,7 +113,7 @@ def test_two_apps_two_ollamas_one_postgresql_and_a_kill(start, run, database_url
     servers = [Killable(tmp_path / name, run) for name in "ab"]
     hosts = ",".join(server.host for server in servers)
     apps = [start(database_url, OLLAMA_HOSTS=hosts, OLLAMA_TIMEOUT_S="30") for _ in range(2)]
-    texts, times, statuses, lock = pd.read_csv(GOLD)["text"].tolist(), [], Counter(), threading.Lock()
+    texts, times, statuses, lock = pd.read_parquet(TEST)["text"].tolist(), [], Counter(), threading.Lock()
     end = time.monotonic() + 36
 
     def client(number: int) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from hatespeech import ollama, task, tuning
 from tests.conftest import ROOT, RUN, free_port
-from tests.test_data import GOLD
+from tests.test_data import TEST
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def test_a_real_text_gets_probabilities(server):
 
 def test_answers_do_not_depend_on_what_came_before(server):
     """The prefix cache must not change an answer by more than rounding."""
-    texts = pd.read_csv(GOLD)["text"][:5].tolist()
+    texts = pd.read_parquet(TEST)["text"][:5].tolist()
     first = [server.classify(text).probabilities for text in texts]
     again = [server.classify(text).probabilities for text in reversed(texts)][::-1]
     assert np.array(again) == pytest.approx(np.array(first), abs=0.01)
@@ -49,7 +49,7 @@ def test_answers_do_not_depend_on_what_came_before(server):
 def test_training_and_serving_read_the_same_tokens(server, tokenizer):
     """Tokenizer ids against what Ollama evaluates: the ids it gives back, and their count, BOS included."""
     texts = [
-        *pd.read_csv(GOLD)["text"][:3],
+        *pd.read_parquet(TEST)["text"][:3],
         "in 2019, 1234",
         "  two  spaces ",
         "a\nb",
@@ -59,7 +59,7 @@ def test_training_and_serving_read_the_same_tokens(server, tokenizer):
     ]
     for text, ids in zip(texts, tuning.encode(tokenizer, texts), strict=True):
         options = {"num_predict": 1, "num_ctx": task.CONTEXT_TOKENS}
-        body = {"model": server.model, "prompt": task.spell_out(text), "stream": False, "options": options}
+        body = {"model": server.model, "prompt": task.as_read(text), "stream": False, "options": options}
         answer = server._call("POST", "/api/generate", body)
         bos = [tokenizer.bos_token_id] if ids[0] == tokenizer.bos_token_id else []
         assert bos + answer["context"][: len(ids) - len(bos)] == ids

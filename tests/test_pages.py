@@ -12,7 +12,7 @@ import pytest
 from hatespeech import pages
 from hatespeech.store import Store
 from tests.test_app import run_with
-from tests.test_data import GOLD
+from tests.test_data import TEST
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)> {{ 7 * 7 }} &amp; </textarea>"
 
@@ -58,7 +58,7 @@ def test_a_text_is_classified_and_shown_with_how_sure_it_is(client):
 
 
 def test_an_unsure_answer_needs_a_person(client):
-    texts = pd.read_csv(GOLD)["text"][:40]
+    texts = pd.read_parquet(TEST)["text"][:40]
     text = next(text for text in texts if client.post("/infer", json={"text": text}).get_json()["abstain"])
     assert "Needs a person:" in client.post("/", data={"text": text}).text
 

@@ -148,7 +148,7 @@ def test_the_index_is_that_of_the_textbook():
 def test_drift_is_dated(log, clock):
     """Three days of scores like the test comments', then two of another kind."""
     reference = reporting.load_reference(RUN)
-    assert reference["comments"] == reference["labels"].total() == 232
+    assert reference["comments"] == reference["labels"].total() == 1892
     assert set(reference["labels"]) <= set(task.LABELS)
     assert reporting.load_reference(RUN / "none") is None
     rng, bins = np.random.default_rng(0), list(reference["bins"].elements())
@@ -164,7 +164,7 @@ def test_drift_is_dated(log, clock):
     before = reporting.report(log, Span(DAY, DAY + timedelta(days=3)), reference)["drift"]
     assert before["since"] is None
     assert sum(row["answers"] for row in before["scores"]) == 360
-    assert sum(row["reference"] for row in before["scores"]) == 232
+    assert sum(row["reference"] for row in before["scores"]) == 1892
     few = reporting.report(log, Span(DAY - timedelta(days=2), DAY), reference)["drift"]
     assert "too few to tell" in few["sentence"]
 

@@ -11,7 +11,7 @@ import transformers
 from hatespeech import UserError, scoring, task, tuning
 from hatespeech.calibration import softmax
 from tests.benchmarks.training import SHAPES
-from tests.test_data import GOLD
+from tests.test_data import TEST
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def model(tokenizer):
 
 @pytest.fixture(scope="module")
 def texts() -> list[str]:
-    return [*pd.read_csv(GOLD)["text"][:40].tolist(), "\n a beginning of its own", "x"]
+    return [*pd.read_parquet(TEST)["text"][:40].tolist(), "\n a beginning of its own", "x"]
 
 
 @pytest.fixture(scope="module")

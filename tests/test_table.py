@@ -13,7 +13,7 @@ import pytest
 from hatespeech import table
 from hatespeech.store import Store
 from tests.conftest import ROOT
-from tests.test_data import GOLD
+from tests.test_data import TEST
 
 # Line 2 is fine; then a line break in a field, no text, bytes that are no UTF-8, a field too many, a text too long.
 ROWS = (
@@ -122,7 +122,7 @@ def test_a_torn_line_of_the_journal_is_done_again(classify, tmp_path):
 @pytest.mark.slow
 def test_kill_9_in_mid_run_loses_no_row_and_doubles_none(server, run, ollama_host, tmp_path):
     source, target = tmp_path / "in.csv", tmp_path / "out.csv"
-    frame = pd.read_csv(GOLD)[:60]
+    frame = pd.read_parquet(TEST)[:60]
     frame.to_csv(source, index=False)
     environment = os.environ | {"MODEL_DIR": str(run), "OLLAMA_HOST": ollama_host}
     environment["DATABASE_URL"] = f"sqlite:///{tmp_path}/requests.sqlite3"

@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -13,18 +15,50 @@ import pandas as pd
 import pytest
 
 import train
-from hatespeech import UserError, data, evaluation, export, ollama, tuning
+from hatespeech import UserError, checks, data, evaluation, export, recording, task, tuning
+from tests.benchmarks.exactness import random_base
+from tests.benchmarks.training import SHAPES
 from tests.conftest import ROOT, free_port
-from tests.test_data import GOLD, SILVER
+from tests.test_checks import SMALL
+from tests.test_data import ANNOTATIONS, DATA, TEST, TRAIN
 
 # F16 weights and Ollama's CPU kernels against fp32. A q or k in the wrong order moves more: see below.
 TOLERANCE = 0.01
 
 
 @pytest.fixture(scope="module")
-def some_silver(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "some.csv"
-    pd.read_csv(SILVER)[:240].to_csv(path, index=False)
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture(scope="module")
+def some_rows(folder) -> Path:
+    """240 comments with a score, 40 with a class, 20 of which only is known that they are not Hate."""
+    frame, path = pd.read_parquet(TRAIN), folder / "some.csv"
+    scored, not_hate = frame["hate_speech_score"].notna(), frame["label"] == task.NOT_HATE
+    kinds = (frame[scored][:240], frame[~scored & ~not_hate][:40], frame[not_hate][:20])
+    pd.concat(kinds).to_csv(path, index=False)
+    return path
+
+
+@pytest.fixture(scope="module")
+def flags(folder) -> Path:
+    """60 comments of another corpus: hateful 1 or 0, and no more."""
+    pd.read_parquet(DATA / "hatemojibuild.parquet")[:60].to_csv(folder / "flags.csv", index=False)
+    return folder / "flags.csv"
+
+
+@pytest.fixture(scope="module")
+def some_checks(folder) -> Path:
+    """A pair of each kind."""
+    frame = checks.load(checks.FUNCTIONAL)
+    frame[frame["pair"].isin(frame.drop_duplicates("kind")["pair"])].to_csv(folder / "checks.csv", index=False)
+    return folder / "checks.csv"
+
+
+def gate(path: Path, **gates: float) -> Path:
+    """A file that asks for at least so much of each metric of the test comments."""
+    path.write_text(json.dumps([{"metric": f"test.{name}", "at_least": least} for name, least in gates.items()]))
     return path
 
 
@@ -39,21 +73,24 @@ def command(*arguments: object, **environment: str) -> subprocess.CompletedProce
 
 
 @pytest.fixture(scope="module")
-def trained(some_silver, base_gguf, tmp_path_factory) -> Path:
-    """A run of some steps, made by the command."""
+def trained(some_rows, flags, some_checks, base_gguf, tmp_path_factory) -> Path:
+    """A run of some steps, made by the command, which passes its gate."""
     folder = tmp_path_factory.mktemp("results") / "trained"
-    settings = ["--model", base_gguf, "--dataset", some_silver, "--output", folder, "--max-steps", 12]
-    done = command(*settings, "--batch-size", 16, "--learning-rate", "2e-3")
+    settings = ["--model", base_gguf, "--dataset", some_rows, "--also", flags, "--also-weight", "0.5"]
+    settings += ["--functional", some_checks, "--gate", gate(folder.parent / "gates.json", accuracy=0.0)]
+    settings += ["--output", folder, "--max-steps", 12, "--batch-size", 16, "--learning-rate", "2e-3"]
+    done = command(*settings)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "is complete. Serve it" in done.stdout
     assert "training: 100%" in done.stderr
     assert "loss=" in done.stderr
+    assert "passed  test.accuracy: 0." in done.stdout
     return folder
 
 
 @pytest.fixture(scope="module")
 def texts() -> list[str]:
-    return pd.read_csv(GOLD)["text"][:100].tolist()
+    return pd.read_parquet(TEST)["text"][:100].tolist()
 
 
 def by_torch(base: str, adapter: Path, texts: list[str]) -> np.ndarray:
@@ -68,23 +105,34 @@ def by_ollama(client, texts: list[str]) -> np.ndarray:
 
 
 @pytest.mark.slow
-def test_the_folder_holds_all_that_is_promised(trained, some_silver):
+def test_the_folder_holds_all_that_is_promised(trained, some_rows, flags, some_checks):
     assert {path.name for path in trained.iterdir()} == {
         *("settings.json", "splits.json", "metrics.json", "report.txt", "calibration.json", "predictions.csv"),
         *("confusion_matrix.png", "reliability.png", "scores.png", "coverage.png", "groups.png"),
-        *("learning_curve.png", "learning_curve.csv"),
+        *("learning_curve.png", "learning_curve.csv", "precision_recall.png"),
         *("adapter", "adapter.gguf", "model.gguf", "Modelfile", "README.md"),
     }
     settings = json.loads((trained / "settings.json").read_text())
     assert settings["command"].startswith("python -m train --model ")
     assert settings["settings"]["learning_rate"] == 2e-3
-    assert settings["commit"] == train.commit()
+    assert settings["settings"]["also"] == [str(flags)]
+    assert settings["commit"] == recording.commit()
     assert settings["versions"]["torch"]
-    assert settings["data"]["counts"][str(some_silver)]["rows"] == 240
+    counts = settings["data"]["counts"]
+    assert (counts[str(some_rows)]["rows"], counts[str(flags)]["rows"]) == (300, 60)
     splits = json.loads((trained / "splits.json").read_text())
     ids = [id for part in splits.values() for id in part]
     assert {name: len(part) for name, part in splits.items()} == settings["data"]["comments"]
-    assert len(ids) == len(set(ids)) == 240
+    left_out = [n for name, n in counts.items() if name.startswith("comments_left_out")]
+    left_out.append(counts[str(flags)]["comments_left_out_for_being_like_a_measured_one"])
+    assert len(ids) == len(set(ids)) == 300 + counts[str(flags)]["comments"] - sum(left_out)
+    by_source = {(row["source"], row["known"]): 0 for row in settings["data"]["trained_on"]}
+    for row in settings["data"]["trained_on"]:
+        by_source[row["source"], row["known"]] += row["comments"]
+    kinds = [(str(some_rows), kind) for kind in data.KINDS] + [(str(flags), kind) for kind in data.KINDS[1:]]
+    assert by_source.keys() == set(kinds)
+    assert sum(by_source.values()) == len(splits["train"])
+    assert by_source[str(some_rows), "not_hate"] == 20  # held out were comments with a score alone
     metrics = json.loads((trained / "metrics.json").read_text())
     assert set(metrics["test"]) == {
         *("majority_class", "tfidf_logistic_regression", "tfidf_calibrated", "zero_shot"),
@@ -93,14 +141,21 @@ def test_the_folder_holds_all_that_is_promised(trained, some_silver):
     assert set(metrics["validation"]) == {"torch", "torch_uncalibrated"}
     assert 0 < metrics["test_differences"]["torch"]["metrics"]["macro_f1"]["p"] <= 1
     assert sum(row["n"] for row in metrics["test_groups"]["torch"]) == len(splits["test"])
-    assert metrics["tfidf_by_row_leaky"]["test_rows_seen_in_training"] == 0  # one row a comment here
-    assert metrics["annotators_vote"] is None
+    assert metrics["test_annotators"]["torch"] is None
+    assert metrics["test_thresholds"]["torch"][0]["n"] <= len(splits["test"])
+    assert metrics["gates"]["torch"][0]["passed"] is True
     assert metrics["test"]["torch"]["n"] == len(splits["test"])
+    functional = metrics["functional"]["torch"]
+    assert functional["accuracy"]["n"] == len(checks.load(some_checks))
+    assert {row["accuracy_hate"]["n"] for row in functional["by_kind"]} == {2}
     predictions = pd.read_csv(trained / "predictions.csv", dtype={"comment_id": str})
     assert predictions.groupby("classifier")["comment_id"].apply(list).map(splits["test"].__eq__).all()
     assert len(pd.read_csv(trained / "learning_curve.csv")) == 12
     card = (trained / "README.md").read_text()
     assert "| torch |" in card
+    assert "| `flags.csv` | only that it is not Hate | Not hate |" in card
+    assert "| **all checks** |" in card
+    assert "- passed  test.accuracy: 0." in card
     assert "CC-BY-4.0" in card
     assert "weighted avg" in (trained / "report.txt").read_text()
 
@@ -113,22 +168,13 @@ def test_served_it_answers_with_torchs_probabilities(trained, create, base_gguf,
     assert np.abs(merged - expected).max() < TOLERANCE
     assert (merged.argmax(axis=1) == expected.argmax(axis=1)).sum() >= 99
 
-    # The adapter apart, on the Q4_1 base: its kernels round activations to 8 bits, so the tolerance is wider.
-    modelfile = (trained / "Modelfile").read_text().replace("./model.gguf", f"{base_gguf}\nADAPTER ./adapter.gguf")
-    (trained / "Modelfile.adapter").write_text(modelfile)
-    apart = by_ollama(create(trained, "Modelfile.adapter", "hatespeech-apart"), texts)
-    (trained / "Modelfile.adapter").unlink()
-    assert np.abs(apart - expected).mean() < 0.03
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("quantize", "shrinks_to", "tolerance"), [("Q8_0", 0.6, 0.05), ("Q4_K_M", 0.5, 0.15)])
-def test_quantised_by_ollama_it_is_smaller_and_nearly_the_same(
-    trained, create, texts, tmp_path, quantize, shrinks_to, tolerance
-):
+def test_quantised_it_is_smaller_and_nearly_the_same(trained, create, texts, tmp_path, quantize, shrinks_to, tolerance):
     for name in ("model.gguf", "Modelfile", "settings.json"):
         shutil.copy(trained / name, tmp_path)
-    ollama.convert(tmp_path, "./model.gguf", "--quantize", quantize)
+    export.quantise(tmp_path, quantize)
     assert (tmp_path / "model.gguf").stat().st_size < shrinks_to * (trained / "model.gguf").stat().st_size
     assert (tmp_path / "Modelfile").read_text() == (trained / "Modelfile").read_text()
     whole, quantised = (
@@ -142,7 +188,7 @@ def test_quantised_by_ollama_it_is_smaller_and_nearly_the_same(
 
 @pytest.mark.slow
 def test_a_misordered_adapter_would_be_seen(trained, create, base_gguf, texts, tmp_path):
-    """Ollama's converter leaves q and k in PEFT's rotary order. Do the same to ours, and the test above must fail."""
+    """Leave q and k in PEFT's rotary order, and the test above must fail."""
     reader = gguf.GGUFReader(trained / "adapter.gguf")
     heads = {"attn_q": 9, "attn_k": 3}
     writer = gguf.GGUFWriter(tmp_path / "adapter.gguf", "llama")
@@ -165,13 +211,13 @@ def test_a_misordered_adapter_would_be_seen(trained, create, base_gguf, texts, t
 
 
 @pytest.mark.slow
-def test_a_base_directory_goes_through_ollamas_converter(some_silver, base_gguf, create, texts, tmp_path):
+def test_a_base_directory_goes_through_llama_cpps_converter(some_rows, some_checks, base_gguf, create, texts, tmp_path):
     """--model DIRECTORY: merged 16-bit weights, converted to model.gguf, served with torch's probabilities."""
     with tuning._as_directory(str(base_gguf), tuning.load_tokenizer(str(base_gguf))) as base:
-        settings = ["--model", base, "--dataset", some_silver, "--output", tmp_path / "run", "--max-steps", 4]
-        done = command(*settings, "--batch-size", 8, "--learning-rate", "2e-3", "--targets", "soft")
+        settings = ["--model", base, "--dataset", some_rows, "--output", tmp_path / "run", "--max-steps", 4]
+        done = command(*settings, "--batch-size", 8, "--learning-rate", "2e-3", "--functional", some_checks)
         assert done.returncode == 0, done.stderr[-2000:]
-        assert "with Ollama's own converter" in done.stdout
+        assert re.search(r"converting the merged weights to GGUF with \S*convert_hf_to_gguf\.py", done.stdout)
         assert "served by Ollama, label probabilities differ from training's by 0.0" in done.stdout
         expected = by_torch(base, tmp_path / "run" / "adapter", texts[:40])
     assert not (tmp_path / "run" / "merged").exists()
@@ -182,34 +228,58 @@ def test_a_base_directory_goes_through_ollamas_converter(some_silver, base_gguf,
 
 
 @pytest.mark.slow
-def test_evaluate_only_measures_the_run_as_served(trained, create, ollama_host, monkeypatch, capsys):
+def test_evaluate_only_measures_the_run_as_served(
+    trained, some_rows, flags, some_checks, create, ollama_host, monkeypatch, capsys
+):
     create(trained)
     monkeypatch.setenv("OLLAMA_HOST", ollama_host)
-    train.main(train.Settings.of(output=trained, evaluate_only=True))
-    assert "weighted avg" in capsys.readouterr().out
-    test = json.loads((trained / "metrics.json").read_text())["test"]
+    again = train.Settings(output=trained, evaluate_only=True, functional=some_checks)
+    train.main(again)
+    printed = capsys.readouterr().out
+    assert "weighted avg" in printed
+    assert "test.roc_auc_hate: 0." in printed  # a gate of results/gates.json, of which is only said
+    metrics = json.loads((trained / "metrics.json").read_text())
+    test = metrics["test"]
     assert len(test["as_served"]["digest"]) == 64
     difference = test["as_served_uncalibrated"]["pearson_r"]["value"] - test["torch_uncalibrated"]["pearson_r"]["value"]
     assert abs(difference) < 0.02
+    assert metrics["functional"]["as_served"]["accuracy"]["n"] == metrics["functional"]["torch"]["accuracy"]["n"]
     bound = json.loads((trained / "calibration.json").read_text())
+    assert bound["fitted_on"]["engine"] == "as_served"
 
     # The same by torch, from adapter/: what training measured, and the served model's calibration stays.
     before = json.loads((trained / "metrics.json").read_text())["test"]["torch"]
-    train.main(train.Settings.of(output=trained, evaluate_only=True, engine="torch"))
+    train.main(replace(again, engine="torch"))
     after = json.loads((trained / "metrics.json").read_text())["test"]["torch"]
     assert after["pearson_r"]["value"] == pytest.approx(before["pearson_r"]["value"], abs=1e-3)
     assert json.loads((trained / "calibration.json").read_text()) == bound
+    with pytest.raises(UserError, match=r"gates\.json asks for more than this run reaches"):
+        train.main(replace(again, gate=gate(trained.parent / "gates.json", accuracy=1.01)))
 
     # On rows of one's own, and one run less itself.
-    rows = pd.read_csv(GOLD)[:60]
-    rows.to_csv(trained.parent / "yours.csv", index=False)
-    yours = str(trained.parent / "yours.csv")
-    train.main(train.Settings.of(output=trained, evaluate_only=True, test_dataset=yours))
+    pd.read_parquet(TEST)[:60].to_csv(trained.parent / "yours.csv", index=False)
+    yours = replace(again, test_dataset=str(trained.parent / "yours.csv"), annotations=str(ANNOTATIONS))
+    train.main(yours)
     assert "yours.csv: 60 comments; 0 left out" in capsys.readouterr().out
     stored = json.loads((trained / "evaluations" / "yours.json").read_text())
     assert stored["as_served"]["n"] == 60
+    assert {row["by"] for row in stored["as_served_by_group"]} == {"length, characters", "target"}
     same = evaluation.compare_runs(trained, trained)
     assert "| accuracy | +0.000 | +0.000 to +0.000 | 1.000 |" in same
+
+    # Of texts that it was trained on, and of those the service refuses, nothing is measured.
+    of_flags = pd.read_csv(flags)[:10].assign(comment_id=[f"f{number}" for number in range(10)])
+    seen = [pd.read_csv(some_rows).sample(40, random_state=0), of_flags.assign(label="Neutral")]
+    refused = pd.DataFrame({"comment_id": ["long", "nul"], "text": ["word " * 3000, "a\0b"], "label": "Hate"})
+    mixed = pd.concat([pd.read_csv(trained.parent / "yours.csv"), *seen, refused]).astype({"comment_id": str})
+    mixed.to_parquet(trained.parent / "mixed.parquet")
+    train.main(replace(yours, test_dataset=str(trained.parent / "mixed.parquet"), annotations=None))
+    assert "2 left out: the service refuses them" in capsys.readouterr().out
+    trained_on = set(json.loads((trained / "splits.json").read_text())["train"])
+    expected = mixed["comment_id"].isin(trained_on) | mixed["text"].map(data.text_key).isin(trained_on)
+    stored = json.loads((trained / "evaluations" / "mixed.json").read_text())
+    assert stored["left_out"] == expected.sum() > 30
+    assert stored["as_served"]["n"] == len(mixed) - stored["left_out"] - 2
 
 
 @pytest.mark.slow
@@ -224,11 +294,6 @@ def test_a_gguf_that_ollama_reads_otherwise_is_not_called_finished(run, base_ggu
     assert "merging with the gguf package: Ollama serves other probabilities" in capsys.readouterr().out
 
 
-def settings(tmp_path, base_gguf, **changes) -> train.Settings:
-    defaults = {"model": str(base_gguf), "dataset": str(SILVER), "output": tmp_path / "run"}
-    return train.Settings.of(**(defaults | changes))
-
-
 @pytest.mark.slow
 def test_no_gpu_for_the_default_base_says_what_to_do(tmp_path):
     """Offline, the default run stops at once, with a remedy, and leaves no half-made run under its name."""
@@ -239,23 +304,233 @@ def test_no_gpu_for_the_default_base_says_what_to_do(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_missing_column_or_class_is_named(tmp_path):
-    frame = pd.read_csv(SILVER)[:60]
-    frame.drop(columns="hate_speech_score").to_csv(tmp_path / "no_score.csv")
+def load(tokenizer, **changes) -> tuple[dict[str, pd.DataFrame], dict]:
+    functional = pd.DataFrame(SMALL, columns=checks.COLUMNS)
+    return train.load_splits(train.Settings(**changes), functional, tokenizer)
+
+
+def test_a_missing_column_or_class_is_named(tokenizer, tmp_path):
+    frame = pd.read_parquet(TRAIN)[:60]
+    frame[["comment_id", "text"]].to_csv(tmp_path / "no_label.csv")
     frame.assign(hate_speech_score=-0.5).to_csv(tmp_path / "neutral.csv")
-    for file, reason in (("no_score.csv", "no column hate_speech_score"), ("neutral.csv", "hold no Hate, Supportive")):
+    reasons = {"no_label.csv": "no column hate_speech_score, label or hateful", "neutral.csv": "hold no Hate"}
+    for file, reason in reasons.items():
         with pytest.raises(UserError, match=reason):
-            train.load_splits(train.Settings.of(dataset=str(tmp_path / file)))
+            load(tokenizer, dataset=str(tmp_path / file))
 
 
-def test_settings_that_contradict_are_refused(tmp_path, base_gguf, monkeypatch):
-    with pytest.raises(UserError, match="no comments to calibrate on"):
-        train.main(settings(tmp_path, base_gguf, validation_share=0.0))
-    monkeypatch.setenv("PATH", "/usr/bin:/bin")
-    with pytest.raises(UserError, match="--quantize Q8_0 is Ollama's work, and there is no `ollama` command"):
-        train.main(settings(tmp_path, base_gguf, quantize="Q8_0"))
-    with pytest.raises(UserError, match="no finished run"):
-        train.main(settings(tmp_path, base_gguf, evaluate_only=True))
+def test_other_rows_teach_with_their_weight_and_are_not_measured_on(tokenizer, some_rows, flags, tmp_path):
+    plain, _ = load(tokenizer, dataset=str(some_rows))
+    # One like a functional check, one like a validation comment, and one new.
+    seen = plain["validation"]["text"][0]
+    (tmp_path / "more.csv").write_text("")
+    pd.DataFrame({"text": ["women are VILE", seen.upper(), "a new text"], "hateful": 1}).to_csv(
+        tmp_path / "more.csv", index=False
+    )
+    sources = str(some_rows), str(flags), str(tmp_path / "more.csv")
+    changes = {"dataset": sources[0], "also": sources[1:], "also_weight": (0.5, 3.0)}
+    splits, counts = load(tokenizer, **changes)
+    for name in ("validation", "test"):
+        assert data.fingerprint(splits[name]) == data.fingerprint(plain[name])
+    found = splits["train"]
+    assert found.groupby("source", sort=False)["weight"].agg(["first", "nunique"]).T.to_dict("list") == dict(
+        zip(sources, [[1.0, 1], [0.5, 1], [3.0, 1]], strict=True)
+    )
+    assert counts[sources[2]]["comments_left_out_for_being_like_a_measured_one"] == 2
+    assert found[found["source"] == sources[2]]["text"].tolist() == ["a new text"]
+    goals = train.goals_of(found, train.Settings(**changes))
+    assert goals.sum(axis=1) == pytest.approx(found["weight"].to_numpy())
+    not_hate = (found["label"] == task.NOT_HATE).to_numpy()
+    assert (goals[:, 3] > 0).tolist() == not_hate.tolist()
+    assert set(goals[not_hate, 3]) == {1.0, 0.5}
+    even, _ = load(tokenizer, **changes | {"also_weight": ()})
+    assert set(even["train"]["weight"]) == {1.0}
+
+
+def test_on_test_rows_of_their_own_what_is_like_them_teaches_nothing(tokenizer, some_rows, tmp_path):
+    own = pd.read_csv(some_rows)[:50]
+    more = pd.DataFrame({"comment_id": ["a", "b"], "text": ["Women are vile.", "a new text"], "label": "Hate"})
+    pd.concat([pd.read_csv(some_rows), more]).to_csv(tmp_path / "rows.csv", index=False)
+    own.to_parquet(tmp_path / "own.parquet")
+    splits, counts = load(tokenizer, dataset=str(tmp_path / "rows.csv"), test_dataset=str(tmp_path / "own.parquet"))
+    assert splits["test"]["comment_id"].tolist() == own["comment_id"].astype(str).tolist()
+    assert counts["comments_left_out_for_being_like_one_of_test"] == 50
+    assert counts["comments_left_out_for_being_like_one_of_functional"] == 1
+    everything = pd.concat([splits["train"], splits["validation"]])
+    assert not set(everything["comment_id"]) & {*splits["test"]["comment_id"], "a"}
+    assert len(everything) + counts["comments_left_out_for_being_like_a_held_out_one"] == 300 - 50 + 1
+
+
+REFUSED = [
+    ("validation-share", {"validation_share": 0.0}),
+    ("validation-share", {"validation_share": 1.0}),
+    ("validation-share", {"validation_share": float("nan")}),
+    ("test-share", {"test_share": 0.0}),
+    ("test-share", {"test_share": -0.1}),
+    ("test-share", {"test_share": 0.5, "validation_share": 0.5}),
+    ("also-weight", {"also_weight": (0.5,)}),
+    ("also-weight", {"also": ("a.csv", "b.csv"), "also_weight": (0.5,)}),
+    ("also-weight", {"also": ("a.csv",), "also_weight": (0.0,)}),
+    ("also-weight", {"also": ("a.csv",), "also_weight": (float("nan"),)}),
+    ("score-error", {"score_error": -0.1}),
+    ("epochs", {"epochs": 0.0}),
+    ("epochs", {"epochs": float("inf")}),
+    ("learning-rate", {"learning_rate": 0.0}),
+    ("learning-rate", {"learning_rate": 1.0}),
+    ("batch-size", {"batch_size": 0}),
+    ("rank", {"rank": 0}),
+    ("alpha", {"alpha": 0}),
+    ("members", {"members": 0}),
+    ("max-steps", {"max_steps": 0}),
+    ("seed", {"seed": -1}),
+    ("seed", {"seed": 2**32}),
+    ("checkpoint-every-s", {"checkpoint_every_s": -1.0}),
+]
+
+
+@pytest.mark.parametrize(("flag", "changes"), REFUSED)
+def test_what_can_not_end_well_is_refused_by_name_before_anything_is_read(tmp_path, flag, changes):
+    with pytest.raises(UserError, match=f"^--{flag} "):
+        train.main(train.Settings(model="no such base", dataset="no.csv", output=tmp_path / "run", **changes))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_makes_sense_is_not_refused():
+    train.check(train.Settings())
+    train.check(train.Settings(test_dataset="own.csv", test_share=0.0, validation_share=0.9))
+    train.check(train.Settings(also=("a.csv", "b.csv"), also_weight=(0.5, 2.0), score_error=0.0, epochs=0.1))
+    train.check(train.Settings(also=("a.csv",), max_steps=1, members=3))
+
+
+def test_gates_checks_and_runs_that_can_not_be_read_are_named_first(tmp_path, base_gguf):
+    (tmp_path / "gates.json").write_text('[{"metric": "accuracy"}]')
+    (tmp_path / "checks.csv").write_text("text,label\na,Hate\n")
+    wrong = {"gates.json: a gate is": {"gate": tmp_path / "gates.json"}}
+    wrong |= {"checks.csv: functional checks have": {"functional": tmp_path / "checks.csv"}}
+    wrong |= {"no finished run": {"evaluate_only": True}}
+    for reason, changes in wrong.items():
+        with pytest.raises(UserError, match=reason):
+            train.main(train.Settings(model=str(base_gguf), output=tmp_path / "run", **changes))
+    assert not (tmp_path / "run.incomplete").exists()
+
+
+def test_flags_may_be_given_several_times():
+    given = train.parse(["--also", "a.csv", "--also", "b.csv", "--also-weight", "1", "--also-weight", "0.5"])
+    assert (given.also, given.also_weight) == (("a.csv", "b.csv"), (1.0, 0.5))
+    assert train.parse([]) == train.Settings()
+
+
+def test_a_runs_settings_are_read_back_and_an_older_ones_too():
+    given = train.Settings(also=("a.csv",), also_weight=(0.5,), functional=Path("checks.csv"), members=3)
+    stored = json.loads(json.dumps(given.as_json()))
+    again = train.Settings.of(stored)
+    assert (again.also, again.also_weight, str(again.functional), again.members) == (
+        ("a.csv",),
+        (0.5,),
+        "checks.csv",
+        3,
+    )
+    older = {"dataset": "old.csv", "targets": "soft", "calibrate_on": "test", "class_weights": "none", "epochs": 3.0}
+    assert train.Settings.of(older) == train.Settings(dataset="old.csv", epochs=3.0)
+
+
+@pytest.fixture(scope="module")
+def tiny(tokenizer, tmp_path_factory) -> str:
+    """A base of random weights, of which nothing is asked but that it is small."""
+    shape = SHAPES["tiny"] | {"tie_word_embeddings": False}
+    return random_base(tokenizer, str(tmp_path_factory.mktemp("tiny")), **shape)
+
+
+@pytest.fixture
+def quick(tiny, folder, tmp_path, monkeypatch) -> train.Settings:
+    """Settings of a run that its gate keeps from being exported, which is half the work of a run so small."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    pd.DataFrame(SMALL, columns=checks.COLUMNS).to_csv(tmp_path / "checks.csv", index=False)
+    asked = gate(tmp_path / "gates.json", accuracy=1.01, roc_auc_hate=0.0)
+    start = {"model": tiny, "output": tmp_path / "run", "functional": tmp_path / "checks.csv", "gate": asked}
+    return train.Settings(**start, max_steps=3, batch_size=8, learning_rate=1e-2)
+
+
+def test_a_model_below_its_gate_is_not_exported(quick, some_rows, tmp_path):
+    """Exit status 1; what was measured stays."""
+    given = {name.replace("_", "-"): value for name, value in quick.as_json().items() if value and name != "also"}
+    given |= {"dataset": some_rows, "output": quick.output}
+    given = {name: value for name, value in given.items() if name not in ("also", "also-weight", "note")}
+    done = command(*(part for name, value in given.items() for part in (f"--{name}", value)))
+    assert done.returncode == 1, done.stderr[-2000:]
+    assert "FAILED  test.accuracy: 0." in done.stdout
+    assert "passed  test.roc_auc_hate: 0." in done.stdout
+    assert "train: no model is exported: " in done.stderr
+    assert "Traceback" not in done.stderr
+    work = tmp_path / "run.incomplete"
+    assert not quick.output.exists()
+    assert not [path for path in work.rglob("*") if path.suffix in (".gguf", ".safetensors")]
+    metrics = json.loads((work / "metrics.json").read_text())
+    assert [result["passed"] for result in metrics["gates"]["torch"]] == [False, True]
+    assert "- FAILED  test.accuracy: 0." in (work / "README.md").read_text()
+
+
+def refused(settings: train.Settings) -> tuple[dict, dict, str]:
+    """Settings, metrics and model card of a run that its gate ends."""
+    with pytest.raises(UserError, match=r"no model is exported: .*gates\.json asks for more"):
+        train.main(settings)
+    work = settings.output.with_name("run.incomplete")
+    stored, metrics = (json.loads((work / f"{name}.json").read_text()) for name in ("settings", "metrics"))
+    return stored, metrics, (work / "README.md").read_text()
+
+
+def test_members_are_averaged_and_annotators_stand_beside_the_model(quick, some_rows, folder):
+    pd.read_parquet(TEST)[:120].to_parquet(folder / "own.parquet")
+    more = {"dataset": str(some_rows), "test_dataset": str(folder / "own.parquet"), "annotations": str(ANNOTATIONS)}
+    stored, metrics, card = refused(replace(quick, members=2, **more))
+    training = stored["training"]
+    assert (training["members"], training["steps"], training["rows"]) == (2, 6, 48)
+    assert 0 <= training["update_lost_by_the_rank"] < 1
+    beside = metrics["test_annotators"]["torch"]
+    assert beside["annotator"]["n"] == beside["model"]["n"] > 100
+    targets = {row["group"] for row in metrics["test_groups"]["torch"] if row["by"] == "target"}
+    assert "race" in targets
+    assert "the mean of 2 LoRAs of one beginning" in card
+    assert "**Beside one person**" in card
+    assert stored["data"]["comments"]["test"] == 120
+
+
+def test_a_set_of_flags_alone_is_trained_calibrated_and_measured(quick, flags, folder):
+    """Hate is told from the rest; of three classes nothing is said."""
+    pd.read_parquet(DATA / "hatemojibuild.parquet")[:300].to_csv(folder / "only_flags.csv", index=False)
+    stored, metrics, card = refused(replace(quick, dataset=str(folder / "only_flags.csv")))
+    assert stored["class_scores"] == pytest.approx(task.TYPICAL_SCORES)
+    test = metrics["test"]["torch"]
+    assert test["accuracy_hate"]["value"] > 0.3
+    assert test["accuracy"] == test["pearson_r"] == {"value": None, "low": None, "high": None}
+    assert metrics["gates"]["torch"][0]["reached"] is None
+    assert "FAILED  test.accuracy: not measured" in card
+    assert "nan" not in card.lower().replace("finance", "")
+
+
+def test_the_references_recipe_says_that_it_leaks(quick, folder, capsys):
+    """Its report, of a split by row: accuracy, by label, scikit-learn's table and the confusion matrix."""
+    rows = data.read(str(ANNOTATIONS))
+    several = rows.groupby("comment_id")["comment_id"].transform("size") > 5
+    some = pd.concat([rows[several][:120], rows[~several][:40]])
+    some.to_csv(folder / "annotated.csv", index=False)
+    train.main(replace(quick, reference=True, dataset=str(folder / "annotated.csv"), max_steps=2))
+    printed = capsys.readouterr().out
+    report = printed[printed.index("LEAKY") :].splitlines()
+    assert report[0].startswith("LEAKY: a split by row; ")
+    assert report[0].endswith("% of the 32 test rows' texts were in training.")
+    assert int(report[0].split("; ")[1].split("%")[0]) > 50
+    assert report[2].startswith("Accuracy: 0.")
+    labels = [line.split(":")[0] for line in report if line.startswith("Accuracy for label")]
+    assert labels == [f"Accuracy for label {label}" for label in task.LABELS]
+    assert report[report.index("Classification Report:") + 1].split() == ["precision", "recall", "f1-score", "support"]
+    matrix = " ".join(report[report.index("Confusion Matrix:") + 1 :])
+    counts = [int(number) for number in matrix.replace("[", " ").replace("]", " ").split()]
+    assert (len(counts), sum(counts)) == (9, 32)
+    assert not quick.output.exists()
+    (folder / "few.csv").write_text("text,label\na,Hate\n")
+    with pytest.raises(UserError, match="takes rows with a hate_speech_score: there are fewer than ten"):
+        train.main(replace(quick, reference=True, dataset=str(folder / "few.csv")))
 
 
 def test_an_evaluation_of_changed_data_is_refused(tmp_path, base_gguf, run, monkeypatch):
@@ -278,32 +553,20 @@ def test_evaluate_only_without_ollama_says_how_to_start_it(run, monkeypatch):
 
 
 def test_the_shipped_metrics_are_of_the_shipped_data(run):
-    """Trained on silver without a word of gold, tested on gold, above the plain baseline from the same data."""
+    """Measured on comments it did not learn from, above the plain baseline from the same data."""
     stored, metrics = (json.loads((run / name).read_text()) for name in ("settings.json", "metrics.json"))
-    splits, _ = train.load_splits(train.Settings.of(**stored["settings"]))
-    again = train.stored_splits(run, train.Settings.of(**stored["settings"]))
-    assert all(data.fingerprint(again[name]) == data.fingerprint(splits[name]) for name in splits)
-    assert {name: data.fingerprint(part) for name, part in splits.items()} == stored["data"]["sha256"]
-    assert not set(splits["train"]["text"]) & set(splits["test"]["text"])
+    splits = train.stored_splits(run, stored, train.Settings.of(stored["settings"]))
+    kept = {name: data.fingerprint(splits[name]) for name in ("validation", "test")}
+    assert kept == {name: stored["data"]["sha256"][name] for name in kept}
+    for name in kept:
+        assert not set(splits["train"]["text"]) & set(splits[name]["text"])
     served, plain, tfidf = (
         metrics["test"][name] for name in ("as_served", "as_served_uncalibrated", "tfidf_logistic_regression")
     )
-    for metric in ("accuracy", "macro_f1", "pearson_r"):  # like with like: neither is calibrated
+    for metric in ("accuracy", "macro_f1", "pearson_r", "roc_auc_hate"):  # like with like: neither is calibrated
         assert plain[metric]["value"] > tfidf[metric]["value"]
-    for metric in ("accuracy", "roc_auc_hate", "pearson_r"):  # not macro-F1, as the README says
-        assert served[metric]["value"] > tfidf[metric]["value"]
+        assert served[metric]["value"] > metrics["test"]["tfidf_calibrated"][metric]["value"]
     assert (run / "adapter.gguf").stat().st_size < 12e6
-
-
-def test_class_weights_make_every_class_count_the_same():
-    frame = pd.DataFrame(
-        {"score": [1.0] * 1 + [0.0] * 3 + [-2.0] * 6, "label": ["Hate"] + ["Neutral"] * 3 + ["Supportive"] * 6}
-    )
-    plain, balanced = (
-        train.targets_of(frame, train.Learning(targets="hard", class_weights=kind)) for kind in ("none", "balanced")
-    )
-    assert plain.sum(axis=0).tolist() == [1, 3, 6]
-    assert balanced.sum(axis=0) == pytest.approx([10 / 3] * 3)
 
 
 def test_main_fits_a_screen():

@@ -6,8 +6,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hatespeech import UserError, task, tuning
 
-TEXTS = ["short", "a somewhat longer text, with 😀 and <|im_end|>", "x " * 70, "[/INST] Hate"]
-TARGETS = np.array([[1, 0, 0], [0, 1, 0], [0.2, 0.3, 0.5], [0, 0, 1.0]])
+TEXTS = ["short", "a somewhat longer text, with 😀 and <|im_end|>", "xy " * 70, "[/INST] Hate"]
+# Of Hate, Neutral, Supportive, and Neutral or Supportive.
+TARGETS = np.array([[1, 0, 0, 0], [0, 1, 0, 0], [0.2, 0.3, 0.5, 0], [0, 0, 1.0, 0]])
 
 
 @pytest.fixture
@@ -45,7 +46,44 @@ def test_training_learns(classifier):
     prompts = tuning.encode(classifier.tokenizer, TEXTS)
     done = tuning.fit(classifier, prompts, TARGETS, steps=60, batch_size=4, learning_rate=3e-2, seed=0)
     assert done["rows"] == 240
+    assert done["steps_left_out"] == 0
     assert tuning.predict(classifier, prompts).argmax(axis=1).tolist() == TARGETS.argmax(axis=1).tolist()
+
+
+def test_the_fourth_event_is_the_sum_of_two():
+    logprobs = torch.log_softmax(torch.randn(50, 9, generator=torch.Generator().manual_seed(0)) * 5, 1)[:, :3]
+    events = tuning.event_logprobs(logprobs)
+    assert torch.equal(events[:, :3], logprobs)
+    assert torch.allclose(events[:, 3].exp(), logprobs[:, 1].exp() + logprobs[:, 2].exp())
+    sure = tuning.event_logprobs(torch.tensor([[0.0, -200.0, -201.0]]))  # too little for exp in 32 bit
+    assert sure[0, 3].item() == pytest.approx(-200 + np.log1p(np.exp(-1)), abs=1e-3)
+
+
+def test_not_hate_pulls_at_both_others_as_they_are(classifier):
+    """Its gradient raises each by its own share: nothing is taught of which of both it is."""
+    logits = torch.tensor([[1.0, 0.3, -2.0, 0.5]], requires_grad=True)
+    logprobs = logits.log_softmax(1)
+    (-tuning.event_logprobs(logprobs[:, :3])[0, 3]).backward()
+    gradient, shares = logits.grad[0], logprobs.exp()[0].detach()
+    assert gradient[0] > 0 > gradient[1:3].max()
+    assert (gradient[1] / gradient[2]).item() == pytest.approx((shares[1] / shares[2]).item(), rel=1e-5)
+
+    prompts, goals = tuning.encode(classifier.tokenizer, TEXTS), np.tile([0, 0, 0, 1.0], (len(TEXTS), 1))
+    before = tuning.label_probabilities(classifier, prompts)
+    tuning.fit(classifier, prompts, goals, steps=20, batch_size=4, learning_rate=3e-2, seed=0)
+    after = tuning.label_probabilities(classifier, prompts)
+    assert after[:, 0].max() < before[:, 0].min()
+
+
+def test_the_loss_is_that_of_the_definition(classifier):
+    """Goals of every kind, weighted: minus the sum of goal times log-probability, divided by the batch's rows."""
+    prompts = tuning.encode(classifier.tokenizer, TEXTS)
+    goals = np.array([[1, 0, 0, 0], [0, 0, 0, 1], [0.2, 0.3, 0.5, 0], [0, 0, 0, 0.5]])
+    logprobs = tuning.predict(classifier, prompts)
+    events = np.column_stack([logprobs, np.logaddexp(logprobs[:, 1], logprobs[:, 2])])
+    done = tuning.fit(classifier, prompts, goals, steps=1, batch_size=4, learning_rate=1e-9, seed=0)
+    assert done["last_loss"] == pytest.approx(-(goals * events).sum() / 4, abs=1e-4)
+    assert done["curve"]["loss"] == [pytest.approx(done["last_loss"], abs=1e-4)]
 
 
 def test_when_memory_runs_out_fewer_tokens_at_once_give_the_same_result(classifier, monkeypatch, capsys):

@@ -6,7 +6,7 @@
 On a CPU, the shipped model: the service with four clients, scoring.py and `python -m hatespeech.bulk` with one worker
 and with two. On a GPU, scoring.py, transformers batch after batch and, where it is installed, vLLM: random weights of
 the named shapes, in float16, TFLOP/s are those of the texts' own tokens, and a figure is the median of three. Texts are
-silver comments, no two alike; encoding and copying them is in the time, starting and compiling is not.
+those of train.parquet, no two alike; encoding and copying them is in the time, starting and compiling is not.
 """
 
 import argparse
@@ -160,12 +160,12 @@ def main() -> None:
     texts, rows = pd.read_parquet(ROWS)["text"].drop_duplicates().tolist(), []
     cuda = torch.cuda.is_available()
     if cuda or arguments.quick:
-        texts = [f"{text} {copy}" for copy in range(6) for text in silver]
+        texts = [f"{text} {copy}" for copy in range(3) for text in texts]
         sizes = {"SmolLM2-135M": len(texts), "Mistral-7B": 8_192} if cuda else {"tiny": 128}
         for workload, n_texts in sizes.items():
             rows += measure_gpu(workload, tokenizer, texts[:n_texts])
     else:
-        rows = measure_cpu(silver[:640])
+        rows = measure_cpu(texts[:640])
     rows = [{name: float(f"{v:.4g}") if isinstance(v, float) else v for name, v in row.items()} for row in rows]
     print(pd.DataFrame(rows).to_string(index=False))
     if arguments.quick:

@@ -3,9 +3,9 @@
     python -m tests.benchmarks.full_size            # a CUDA GPU, 15 minutes, 60 GB of disk; writes full_size.json
     python -m tests.benchmarks.full_size --quick    # a CPU, a tiny base, few rows; prints only
 
-The base has random weights and the rows are made (texts of train.parquet, numbered; MHS's columns), so it tells times and
-memory, and no quality. All settings are the command's defaults. results/benchmarks/full_size.json has the log of what
-the command printed, each line with its second.
+The base has random weights and the rows are made (texts of train.parquet, numbered; MHS's columns), so it tells times
+and memory, and no quality. All settings are the command's defaults. results/benchmarks/full_size.json has the log of
+what the command printed, each line with its second.
 """
 
 import argparse

@@ -3,7 +3,7 @@
     python -m tests.benchmarks.reporting                # minutes, 2 GB of disk; writes results/benchmarks/ too
     python -m tests.benchmarks.reporting --rows 2000    # prints only
 
-Rows are made: texts of silver.csv, 30 days, two models, random answers, feedback on one in 200. Each figure is the
+Rows are made: texts of train.parquet, 30 days, two models, random answers, feedback on one in 200. Each figure is the
 median of five calls. `from_rows` is what a report would do without counts by hour: the same labels, latencies and
 scores, grouped by SQL over the rows; `ratio` is that against the whole report.
 """
@@ -30,14 +30,14 @@ from hatespeech import export, queries, recording, reporting, task
 from hatespeech.queries import Filter, Span
 from hatespeech.store import ANSWERED, Feedback, Request, Store, Tally, tallies_of, tally_rows
 from tests.conftest import RUN, postgres_server
-from tests.test_data import SILVER
+from tests.test_data import TRAIN
 
 DAY, DAYS, CHUNK = datetime(2026, 3, 1), 30, 20_000
 
 
 def fill(store: Store, n_rows: int) -> None:
     """A log of n_rows answered requests."""
-    rng, texts, counts = np.random.default_rng(0), pd.read_csv(SILVER)["text"].tolist(), Counter()
+    rng, texts, counts = np.random.default_rng(0), pd.read_parquet(TRAIN)["text"].tolist(), Counter()
     for start in tqdm(range(0, n_rows, CHUNK), desc=f"filling {store.engine.dialect.name}", unit="chunk"):
         rows = []
         for number in range(start, min(start + CHUNK, n_rows)):

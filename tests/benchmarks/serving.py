@@ -3,7 +3,7 @@
     python -m tests.benchmarks.serving            # some minutes; writes results/benchmarks/serving.json
     python -m tests.benchmarks.serving --quick    # seconds, prints only
 
-Closed loop: each client sends the next gold comment when its last is answered, until all have been; both paths get the
+Closed loop: each client sends the next test comment when its last is answered, until all have been; both paths get the
 same comments in the same order and take turns with every few. The load generator shares the cores with what it
 measures, for both alike. `profile` is Ollama's own account of a request's time; `settings` are rows of Ollama alone, by
 the weights' format and its environment.
@@ -125,7 +125,7 @@ def in_format(name: str, folder: Path) -> Path:
 
 def sweep(n_texts: int) -> list[dict]:
     """Ollama alone with one and four clients, by format of the weights and by its settings."""
-    texts, rows = texts_of("gold")[:n_texts], []
+    texts, rows = texts_of("test")[:n_texts], []
     tokens = tuple(export.read_settings(RUN)["label_tokens"])
     tries = [(name, {}) for name in ("F16", "BF16", "Q8_0")]
     tries += [("F16", {"OLLAMA_NUM_PARALLEL": "4"}), ("F16", {"OLLAMA_FLASH_ATTENTION": "1"})]
@@ -145,11 +145,11 @@ def sweep(n_texts: int) -> list[dict]:
 
 
 def texts_of(name: str) -> list[str]:
-    return pd.read_csv(ROOT / "tests" / "data" / f"{name}.csv")["text"].tolist()
+    return pd.read_parquet(ROOT / "tests" / "data" / f"{name}.parquet")["text"].tolist()
 
 
 def measure(n_texts: int) -> dict:
-    model, texts, unseen = ollama.model_name(RUN), texts_of("gold")[:n_texts], texts_of("silver")[:40]
+    model, texts, unseen = ollama.model_name(RUN), texts_of("test")[:n_texts], texts_of("train")[:40]
     tokens = tuple(export.read_settings(RUN)["label_tokens"])
     with tempfile.TemporaryDirectory() as scratch, ollama.private_server(Path(scratch)) as host:
         ollama.create(host, model, RUN)
