@@ -27,7 +27,18 @@ SHOWN = ("pearson_r", "roc_auc_hate", "accuracy", "macro_f1", "expected_calibrat
 ALSO = ("hatemojibuild", "dynahate", "sbic", "hatexplain")
 
 START = train.Settings(score_error=0.5, epochs=3, learning_rate=1e-3, batch_size=128)
-BOTH = {"hatemojibuild": 1.0, "dynahate": 1.0}
+BOTH, HALF = {"hatemojibuild": 1.0, "dynahate": 1.0}, {"hatemojibuild": 0.5, "dynahate": 0.5}
+TRIES = [
+    *({"also": also} for also in ({}, BOTH, HALF, HALF | {"sbic": 0.5, "hatexplain": 0.5})),
+    *({"also": BOTH, "seed": seed} for seed in (1, 2)),
+    *({"also": BOTH, "epochs": epochs} for epochs in (2, 6)),
+    *({"also": BOTH, "score_error": error} for error in (0.0, 1.0)),
+    {"also": BOTH, "learning_rate": 5e-4},
+    {"also": BOTH, "learning_rate": 2e-3, "batch_size": 256},
+    {"also": BOTH, "rank": 64, "alpha": 64},
+    {"also": BOTH, "members": 3},
+    *({"also": BOTH, "share": share} for share in (0.0625, 0.125, 0.25, 0.5)),
+]
 
 
 def load(source: str, tokenizer) -> pd.DataFrame:
@@ -37,14 +48,16 @@ def load(source: str, tokenizer) -> pd.DataFrame:
 class Rows:
     """What every try learns from and is measured on. dynahate: the CSV, of which the repository has only hashes."""
 
-    def __init__(self, tokenizer, dynahate: Path):
-        frame = load(str(DATA / "train.parquet"), tokenizer)
+    def __init__(self, tokenizer, dynahate: Path | None, at_most: int | None = None):
+        frame = load(str(DATA / "train.parquet"), tokenizer)[:at_most]
         parts, _ = data.split(frame, {"train": 0.9, "validation": 0.1}, seed=0)
         self.train, self.validation = parts["train"], parts["validation"]
         self.also, self.also_validation = {}, {}
         for name in ALSO:
+            if name == "dynahate" and dynahate is None:
+                continue
             other = load(str(dynahate if name == "dynahate" else DATA / f"{name}.parquet"), tokenizer)
-            other, _ = data.without(other, self.validation)
+            other, _ = data.without(other[:at_most], self.validation)
             parts, _ = data.split(other, {"train": 0.9, "validation": 0.1}, seed=0)
             self.also[name], self.also_validation[name] = parts["train"], parts["validation"]
 
@@ -121,7 +134,8 @@ def reached(rows: Rows, probabilities: dict[str, np.ndarray]) -> dict[str, float
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dynahate", type=Path, required=True, help="made by python -m hatespeech.data")
+    parser.add_argument("--dynahate", type=Path, help="made by python -m hatespeech.data; without, it is left out")
+    parser.add_argument("--quick", action="store_true", help="few rows, one short try: whether it runs at all")
     parser.add_argument("--base", default=str(BASE), help="a hub id, directory or .gguf file")
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "smollm2-135m")
     parser.add_argument("--tries", type=Path, help="JSON: a list of changes, instead of those here")
@@ -131,21 +145,23 @@ def main() -> None:
     evaluation.N_BOOTSTRAP = 10  # intervals are not kept: the seeds tell how much is chance
     tuning.check_base(arguments.base)
     tokenizer = tuning.load_tokenizer(arguments.base)
-    rows = Rows(tokenizer, arguments.dynahate)
+    rows = Rows(tokenizer, arguments.dynahate, 240 if arguments.quick else None)
     about = {
         "command": "python -m tests.benchmarks.tries --dynahate dynahate.csv",
         "commit": recording.commit(),
         "hardware": tuning.hardware(),
         "versions": recording.versions(),
         "comments": {"train": len(rows.train), "validation": len(rows.validation)}
-        | {name: [len(rows.also[name]), len(rows.also_validation[name])] for name in ALSO},
+        | {name: [len(rows.also[name]), len(rows.also_validation[name])] for name in rows.also},
     }
     k, n = map(int, arguments.share.split("/"))
     arguments.output.mkdir(parents=True, exist_ok=True)
     export.write_json(arguments.output / "tries.json", about)
     path = arguments.output / ("tries.csv" if n == 1 else f"tries{k}.csv")
     done = pd.read_csv(path, dtype={"changed": str}, keep_default_na=False) if path.exists() else pd.DataFrame()
-    for number, change in list(enumerate(json.loads(arguments.tries.read_text())))[k::n]:
+    changes = json.loads(arguments.tries.read_text()) if arguments.tries else TRIES
+    changes = [{"also": {"hatemojibuild": 1.0}, "epochs": 0.1, "batch_size": 8}] if arguments.quick else changes
+    for number, change in list(enumerate(changes))[k::n]:
         changed = json.dumps(change)
         if len(done) and (done["changed"] == changed).any():
             continue
@@ -157,7 +173,7 @@ def main() -> None:
             row = {"changed": changed, "error": str(error)}
         done = pd.concat([done, pd.DataFrame([row])])
         done.to_csv(path, index=False)
-        print(done[["changed", *SHOWN, *ALSO, "rows_per_s", "seconds"]].tail(1).to_string(index=False), flush=True)
+        print(done[["changed", *SHOWN, *rows.also, "rows_per_s", "seconds"]].tail(1).to_string(index=False), flush=True)
 
 
 if __name__ == "__main__":
