@@ -200,7 +200,8 @@ def test_kill_9_of_ollama_is_503_and_heals_without_a_restart(start, run, tmp_pat
         ollama.wait()
 
     with ThreadPoolExecutor(4) as pool:
-        pending = [pool.submit(app.infer, "some text " * 600) for _ in range(4)]  # long: still at Ollama when it dies
+        # Long, and none begins as another: still at Ollama when it dies.
+        pending = [pool.submit(app.infer, f"{word} text " * 600) for word in ("some", "more", "such", "that")]
         time.sleep(0.3)
         started = time.monotonic()
         kill()
