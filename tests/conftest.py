@@ -57,9 +57,9 @@ def ollama_host(tmp_path_factory):
 def create(ollama_host):
     """create(run): give a run's folder to the tests' Ollama, as bootstrap.sh does, and return its client."""
 
-    def create(run: Path, modelfile: str = "Modelfile", name: str | None = None) -> Ollama:
+    def create(run: Path, name: str | None = None) -> Ollama:
         name = name or model_name(run)
-        command = ["ollama", "create", name, "-f", str(run / modelfile)]
+        command = ["ollama", "create", name, "-f", str(run / "Modelfile")]
         subprocess.run(command, env=os.environ | {"OLLAMA_HOST": ollama_host}, check=True, capture_output=True)
         return Ollama(ollama_host, name, tuple(export.read_settings(run)["label_tokens"]), timeout_s=60)
 
