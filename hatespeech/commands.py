@@ -13,7 +13,7 @@ from flask import Flask
 from flask.cli import AppGroup
 from tqdm import tqdm
 
-from hatespeech import UserError, export, table, task
+from hatespeech import UserError, answers, export, files, tables, task
 from hatespeech.auth import SCOPES
 from hatespeech.calibration import Calibration
 from hatespeech.ollama import Ollama, OllamaError, model_name
@@ -77,22 +77,31 @@ def register(app: Flask, store: Store, service: Service) -> None:
             writer.writerow(row) if kind == "csv" else click.echo(json.dumps(row, ensure_ascii=False))
 
     @app.cli.command("classify")
-    @click.argument("source", type=click.Path(path_type=Path))
+    @click.argument("source")
     @click.argument("target", type=click.Path(path_type=Path))
     @click.option("--text-column", default="text", show_default=True)
-    def classify(source: Path, target: Path, text_column: str) -> None:
-        """Classify the rows of SOURCE, a .csv or .parquet file, and write them to TARGET with columns added.
+    @click.option("--delimiter", help="Between a CSV's fields, where it is not what the header has most of.")
+    @click.option("--encoding", help="Of a CSV that is not UTF-8, e.g. cp1252.")
+    @click.option("--prefix", default="", help="Before the names of the columns that are added, e.g. model_.")
+    def classify(source: str, target: Path, text_column: str, delimiter: str, encoding: str, prefix: str) -> None:
+        """Classify the rows of SOURCE and write them to TARGET with columns added.
 
+        SOURCE is a table (CSV, JSONL or Parquet, also compressed) or a folder of tables; TARGET is of the same kind.
         Every text goes through the service and its log. Killed or stopped, the same command goes on where it was.
         """
+        added = [prefix + name for name in answers.COLUMNS]
         try:
-            with tqdm(total=table.count(source, text_column), desc="classifying", unit="row") as bar:
-                wrong = table.classify(service, source, target, text_column, advance=bar.update)
-        except (OllamaError, UserError) as error:
+            table = tables.open_table(
+                source, text_column=text_column, delimiter=delimiter, encoding=encoding, added=added
+            )
+            click.echo(f"{source}: {table.described()}", err=True)
+            with tqdm(total=files.count(table), desc="classifying", unit="row") as bar:
+                done = files.classify(service, table, target, prefix=prefix, advance=bar.update)
+        except (OllamaError, UserError, OSError) as error:
             raise click.ClickException(str(error)) from error
-        for reason in wrong:
+        for reason in done["wrong"]:
             click.echo(reason, err=True)
-        click.echo(f"{target}: {bar.n} rows, {len(wrong)} of them without a label")
+        click.echo(f"{target}: {done['rows']} rows, {len(done['wrong'])} of them without a label")
 
     @app.cli.command("replay")
     @click.option("--model-dir", type=click.Path(exists=True, file_okay=False, path_type=Path), required=True)

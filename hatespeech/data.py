@@ -9,7 +9,6 @@ sides.
 
 import argparse
 import csv
-import functools
 import hashlib
 import math
 import sys
@@ -19,8 +18,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from hatespeech import UserError, task
+from hatespeech import UserError, tables, task
 from hatespeech.normal import normal_form
+from hatespeech.tables import Table
 
 HUB_ID = "ucberkeley-dlab/measuring-hate-speech"
 # What is known of a comment's class: its score (and so its class), its class, or only that it is not Hate.
@@ -28,12 +28,6 @@ KINDS = ("score", "class", "not_hate")
 # As people write them in a `label` column, in lower case, with neither blanks nor signs.
 _LABEL_NAMES = {label.lower(): label for label in task.LABELS} | {"nothate": task.NOT_HATE}
 _FLAGS = dict.fromkeys(("1", "1.0", "true", "yes"), "Hate") | dict.fromkeys(("0", "0.0", "false", "no"), task.NOT_HATE)
-# Every cell as it stands in the file: an id 007 is no number, and a text may be the word null.
-_READERS = {
-    ".csv": functools.partial(pd.read_csv, dtype=str, keep_default_na=False),
-    ".jsonl": functools.partial(pd.read_json, lines=True, dtype=False, convert_dates=False),
-    ".parquet": pd.read_parquet,
-}
 
 
 def read(source: str) -> pd.DataFrame:
@@ -44,33 +38,57 @@ def read(source: str) -> pd.DataFrame:
 
     Raises UserError: no such file or hub data set, hub unreachable, not a table, a required column missing.
     """
-    path = Path(source)
-    try:
-        if reader := _READERS.get(path.suffix):
-            rows = reader(path)
-        elif path.exists():
-            raise UserError(f"{source}: a data set is a {' or '.join(_READERS)} file, or a hub id such as {HUB_ID}")
-        else:
-            import datasets
+    if "://" in source or tables.ending_of(source) or Path(source).exists():
+        rows = _frame(tables.open_table(source))
+    else:
+        import datasets
 
+        try:
             rows = datasets.load_dataset(source, split="train").to_pandas()
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{source}: no such data set: give a {' or '.join(_READERS)} file, or a hub id ({error})"
-        ) from error
-    except OSError as error:
-        raise UserError(
-            f"{source}: can't be fetched from the Hugging Face hub ({type(error).__name__}). "
-            "Check the network, or give the rows as a local file: --dataset rows.csv"
-        ) from error
-    except ValueError as error:  # pandas' and pyarrow's parser errors; their texts quote rows, so only the kind is said
-        raise UserError(f"{source}: can't be read as a table ({type(error).__name__})") from error
+        except FileNotFoundError as error:
+            kinds = ", ".join(tables.KINDS)
+            raise UserError(f"{source}: no such data set: give a file of {kinds}, or a hub id ({error})") from error
+        except OSError as error:
+            raise UserError(
+                f"{source}: can't be fetched from the Hugging Face hub ({type(error).__name__}). "
+                "Check the network, or give the rows as a local file: --dataset rows.csv"
+            ) from error
+        except ValueError as error:  # its words quote rows, so only the kind is said
+            raise UserError(f"{source}: can't be read as a table ({type(error).__name__})") from error
     there_are = f"(there are: {', '.join(map(str, rows.columns))})"
     if "text" not in rows:
         raise UserError(f"{source}: no column text {there_are}")
     if not {"hate_speech_score", "label", "hateful"} & set(rows.columns):
         raise UserError(f"{source}: no column hate_speech_score, label or hateful {there_are}")
     return rows
+
+
+def _frame(table: Table) -> pd.DataFrame:
+    """A table's rows, each cell as it stands in the file: an id 007 is no number, and a text may be the word null.
+
+    A row that can't be read has no text. What was wrong with such rows is said.
+    """
+    frames, errors = [], []
+    for rows in table.batches():
+        if table.kind == "parquet":
+            own = rows.select(range(len(table.columns))).rename_columns(table.columns)
+            frame = own.to_pandas(integer_object_nulls=True)  # as floats, long ids would lose their last digits
+        else:
+            own = [rows[f"c{number}"].to_pylist() for number in range(max(1, len(table.columns)))]
+            cells = [[cell.decode("utf-8", "surrogateescape") for cell in column] for column in own]
+            if table.kind == "csv":
+                frame = pd.DataFrame(dict(zip(table.columns, cells, strict=True)), dtype=object)
+            else:
+                frame = pd.DataFrame([tables.json_object(line) for line in cells[0]], dtype=object)
+        frames.append(frame.assign(**{table.text_column: rows["text"].to_pylist()}))
+        found = zip(rows["line"].to_pylist(), rows["error"].to_pylist(), strict=True)
+        errors += [f"line {line}: {error}" for line, error in found if error]
+    if errors:
+        more = f"; and {len(errors) - 3} more" if len(errors) > 3 else ""
+        print(f"{', '.join(table.files)}: left out, {'; '.join(errors[:3])}{more}", file=sys.stderr)
+    if not frames:
+        raise UserError(f"{', '.join(table.files)}: no rows")
+    return pd.concat(frames, ignore_index=True)
 
 
 @dataclass

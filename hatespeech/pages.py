@@ -13,11 +13,11 @@ from urllib.parse import urlencode
 from flask import Blueprint, Flask, Response, g, redirect, render_template, request, stream_with_context, url_for
 from werkzeug.exceptions import BadRequest, NotFound
 
-from hatespeech import queries, reporting, task
+from hatespeech import queries, reporting, tables, task
 from hatespeech.queries import Filter, Span
 from hatespeech.service import Answer, Service
 from hatespeech.store import Store
-from hatespeech.uploads import Uploads
+from hatespeech.uploads import READING, Uploads
 
 CONTENT_SECURITY_POLICY = (
     "default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self'; form-action 'self'; base-uri 'none'; "
@@ -120,12 +120,13 @@ def register(
         request.max_content_length = MAX_UPLOAD_BYTES
         sent = request.files.get("file")
         if not sent or not sent.filename:
-            raise BadRequest("choose a .csv or .parquet file")
+            raise BadRequest("choose a file")
         return redirect(url_for("pages.one_file", name=uploads.keep(sent, g.api_key_id)), 303)
 
     @pages.get("/file/<name>")
     def one_file(name: str) -> str:
-        return render_template("one_file.html", upload=uploads.state(name, g.api_key_id))
+        upload = uploads.state(name, g.api_key_id)
+        return render_template("one_file.html", upload=upload, delimiters=tables.DELIMITERS)
 
     @pages.get("/file/<name>/state")
     def file_state(name: str) -> dict:
@@ -136,7 +137,11 @@ def register(
         if request.form.get("action") == "delete":
             uploads.delete(name, g.api_key_id)
             return redirect(url_for("pages.file"), 303)
-        uploads.start(name, request.form.get("column", ""), g.api_key_id)
+        reading = {option: request.form.get(option, "") for option in READING}
+        if request.form.get("action") == "read":
+            uploads.read_again(name, reading, g.api_key_id)
+        else:
+            uploads.start(name, request.form.get("column", ""), reading, g.api_key_id)
         return redirect(url_for("pages.one_file", name=name), 303)
 
     @pages.get("/file/<name>/download")

@@ -41,7 +41,7 @@ def response(answer: Answer, text: str, requested: list[str], client_token: obje
     """An AnalyzeComment response."""
     scores = {}
     for name in requested:
-        value = {"value": ATTRIBUTES[name](answer.probabilities), "type": "PROBABILITY"}
+        value = {"value": ATTRIBUTES[name](answer.by_label), "type": "PROBABILITY"}
         scores[name] = {"spanScores": [{"begin": 0, "end": len(text), "score": value}], "summaryScore": value}
     body = {"attributeScores": scores, "languages": ["en"], "detectedLanguages": ["en"]}
     return body | ({"clientToken": client_token} if isinstance(client_token, str) else {})

@@ -1,14 +1,11 @@
-"""Many texts at once: a run's model.gguf, the very weights that Ollama serves, through transformers or vLLM.
+"""Many texts at once: a run's model.gguf, the very weights that Ollama serves, through transformers.
 
-One forward pass decides, as in serving, and the instruction that all prompts begin with is not computed for each. With
-transformers a GPU takes prompts packed behind one copy (packing.py), its layers compiled; a CPU, without FlexAttention,
-keeps the instruction's keys and values, and makes batches of prompts of like length. vLLM keeps them in its prefix
-cache; it can split a model over several GPUs.
+One forward pass decides, as in serving, and the instruction that all prompts begin with is not computed for each. A GPU
+takes prompts packed behind one copy (packing.py), its layers compiled; a CPU, without FlexAttention, keeps the
+instruction's keys and values, and makes batches of prompts of like length.
 """
 
 import copy
-import os
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,8 +26,6 @@ BLOCK = 64
 # On a CPU that multiplies bfloat16, which moves a probability by 0.004 to 0.007 on average and by up to 0.05: what
 # comes so near to a tie is computed again in float32.
 NEAR_TIE = 0.08
-# Of a CPU's memory, what vLLM may take; of a GPU's it takes its own default.
-VLLM_CPU_MEMORY = 0.25
 
 
 def load(run: Path, calibration: Calibration | None) -> "Scorer":
@@ -39,17 +34,6 @@ def load(run: Path, calibration: Calibration | None) -> "Scorer":
 
     model, tokenizer = _read(run)
     return Scorer(model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer, calibration)
-
-
-def load_vllm(run: Path, gpus: int = 1) -> "VLLM":
-    """load, with vLLM, the model split over so many GPUs."""
-    model, tokenizer = _read(run)
-    model.hf_quantizer = None  # its tensors are plain once read, but transformers would not save what was a GGUF
-    del model.config.quantization_config
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        del model
-        return VLLM(folder, tokenizer, gpus)
 
 
 def _read(run: Path):
@@ -222,44 +206,3 @@ def _attend(module, query, key, value, attention_mask, scaling=None, **_):
     scores = scores.unflatten(2, (-1, query.shape[2])) * scaling + attention_mask
     attended = scores.softmax(dim=-1).flatten(2, 3) @ value
     return attended.view(query.shape).transpose(1, 2).contiguous(), None
-
-
-class VLLM:
-    """Label probabilities of a causal language model through vLLM. https://docs.vllm.ai/en/latest/api/vllm/
-
-    folder: the model's, as transformers saves it. gpus: the model is split over so many.
-    """
-
-    def __init__(self, folder: str, tokenizer, gpus: int = 1):
-        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-        import torch
-        from transformers import AutoConfig
-        from vllm import LLM, SamplingParams
-
-        self._encode, self._labels = encoder(tokenizer), list(tuning.label_ids(tokenizer))
-        self._sampling = SamplingParams(max_tokens=1, logprob_token_ids=self._labels, detokenize=False)
-        # vLLM counts the answer's one token in.
-        self._tokens = min(task.CONTEXT_TOKENS, AutoConfig.from_pretrained(folder).max_position_embeddings - 1)
-        cuda = torch.cuda.is_available()
-        on_cpu = {"gpu_memory_utilization": VLLM_CPU_MEMORY, "enforce_eager": True}
-        self._engine = LLM(
-            folder,
-            dtype="float16" if cuda else "float32",
-            tensor_parallel_size=gpus,
-            max_model_len=self._tokens + 1,
-            skip_tokenizer_init=True,
-            enable_prefix_caching=True,
-            **({} if cuda else on_cpu),
-        )
-
-    def label_probabilities(self, texts: Sequence[str]) -> np.ndarray:
-        """Scorer.label_probabilities."""
-        prompts = self._encode(texts)
-        fit = [number for number, ids in enumerate(prompts) if len(ids) <= self._tokens]
-        asked = [{"prompt_token_ids": prompts[number]} for number in fit]
-        logprobs = np.full((len(texts), len(self._labels)), np.nan)
-        for number, answer in zip(fit, self._engine.generate(asked, self._sampling, use_tqdm=False), strict=True):
-            first = answer.outputs[0].logprobs[0]
-            logprobs[number] = [first[label].logprob for label in self._labels]
-        return softmax(logprobs)

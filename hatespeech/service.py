@@ -11,6 +11,7 @@ from pathlib import Path
 from werkzeug.exceptions import BadRequest, HTTPException
 
 from hatespeech import task
+from hatespeech.answers import Verdict, threshold, verdicts
 from hatespeech.calibration import Calibration
 from hatespeech.hosts import Hosts
 from hatespeech.ollama import OllamaError
@@ -24,25 +25,20 @@ class Busy(Exception):
 
 
 @dataclass(frozen=True)
-class Answer:
-    """probabilities: of each label. score: expected, on MHS's scale. confidence: the highest probability.
-
-    abstain: the confidence is below the calibration's threshold, so a person should look; null without a calibration.
-    flagged: P(Hate) reaches the threshold in force, whatever the label is; null where there is no threshold.
-    """
+class Answer(Verdict):
+    """A verdict, the id of its request in the log, and what model gave it."""
 
     id: str
-    label: str
-    probabilities: dict[str, float]
-    score: float
-    confidence: float
-    abstain: bool | None
-    flagged: bool | None
     model: dict
     duration_ms: float
 
+    @property
+    def by_label(self) -> dict[str, float]:
+        """The probabilities by their labels."""
+        return dict(zip(task.LABELS, self.probabilities, strict=True))
+
     def as_json(self) -> dict:
-        return asdict(self)
+        return {"id": self.id} | asdict(self) | {"probabilities": self.by_label}
 
 
 @dataclass(frozen=True)
@@ -136,47 +132,41 @@ class Service:
             status, reason = status_of(error)
             finish(status=REFUSED if status < 500 else FAILED, http_status=status, error=reason)
             raise
-        probabilities = prediction.probabilities
-        if calibration:
-            probabilities = tuple(calibration.apply(probabilities).tolist())
-        scores = calibration.class_scores if calibration else self.class_scores
-        score = sum(p * s for p, s in zip(probabilities, scores, strict=True))
-        confidence = max(probabilities)
-        abstain = confidence < calibration.abstain_below if calibration else None
-        by_label = dict(zip(task.LABELS, probabilities, strict=True))
-        flag_above = self._threshold(calibration)
+        (verdict,) = verdicts([prediction.probabilities], calibration, self.class_scores, self.flag_above)
         duration_ms = finish(
             status=ANSWERED,
             http_status=HTTPStatus.OK,
-            probabilities=probabilities,
-            score=score,
-            abstain=abstain,
+            probabilities=verdict.probabilities,
+            score=verdict.score,
+            abstain=verdict.abstain,
             model_digest=digest,
             calibration=calibration and calibration.version,
         )
-        return Answer(
-            id=request_id,
-            label=task.decide(probabilities),
-            probabilities=by_label,
-            score=score,
-            confidence=confidence,
-            abstain=abstain,
-            flagged=None if flag_above is None else by_label["Hate"] >= flag_above,
-            model=self._provenance(digest, calibration),
-            duration_ms=duration_ms,
-        )
+        about = {"id": request_id, "model": self._model(digest, calibration), "duration_ms": duration_ms}
+        return Answer(**vars(verdict), **about)
 
     def standing(self, answer: Answer) -> Standing:
         """Where an answer of this service stands among the thresholds."""
         calibration = self._stored if answer.model["calibrated"] else None
         thresholds = calibration.thresholds if calibration else ()
-        reached = [row for row in thresholds if row["threshold"] <= answer.probabilities["Hate"]]
-        return Standing(self._threshold(calibration), thresholds, reached[-1] if reached else None)
+        reached = [row for row in thresholds if row["threshold"] <= answer.by_label["Hate"]]
+        return Standing(threshold(calibration, self.flag_above), thresholds, reached[-1] if reached else None)
 
     def refuse(self, body: bytes | None, status: int, error: str, *, route: str, api_key: str | None = None) -> None:
         """Log a request without a text to classify: unread (too large, broken off), or not as the route takes it."""
         request_id = self.store.received(body, self.ollama.model, route=route, api_key=api_key)
         self.store.finished(request_id, status=REFUSED, http_status=status, error=error, duration_ms=0.0)
+
+    def provenance(self) -> dict:
+        """What answers now, and how: where any of it changes, other answers are to be expected."""
+        digest, weights_sha256 = self.ollama.model_served()
+        calibration, _ = Calibration.for_weights(self._stored, weights_sha256)
+        return {
+            "model": digest,
+            "prompt": task.PROMPT_VERSION,
+            "calibration": calibration and calibration.version,
+            "flag_above": threshold(calibration, self.flag_above),
+        }
 
     def health(self) -> dict:
         """Raises OllamaError or SQLAlchemyError where no text could be classified and logged now."""
@@ -186,19 +176,13 @@ class Service:
         calibration, why_not = Calibration.for_weights(self._stored, weights_sha256)
         return {
             "status": "OK",
-            "model": self._provenance(digest, calibration),
-            "flag_above": self._threshold(calibration),
+            "model": self._model(digest, calibration),
+            "flag_above": threshold(calibration, self.flag_above),
             "uncalibrated_because": why_not,
             "ollama": hosts,
         }
 
-    def _threshold(self, calibration: Calibration | None) -> float | None:
-        """The P(Hate) from which on an answer that went through this calibration, or none, is flagged."""
-        if self.flag_above is not None:
-            return self.flag_above
-        return calibration.flag_above if calibration else None
-
-    def _provenance(self, digest: str, calibration: Calibration | None) -> dict:
+    def _model(self, digest: str, calibration: Calibration | None) -> dict:
         return {
             "name": self.ollama.model,
             "digest": digest,
@@ -213,10 +197,8 @@ def text_of(body: bytes) -> str:
         text = body.decode("utf-8")
     except UnicodeDecodeError as error:
         raise BadRequest(f"the text is not UTF-8 (byte {error.start})") from error
-    if not text.strip():
-        raise BadRequest("there is no text: curl localhost:5000/infer -d 'some text'")
-    if "\0" in text:
-        raise BadRequest(f"the text holds a NUL character (at {text.index(chr(0))}), where Ollama would end it")
+    if reason := task.text_error(text):
+        raise BadRequest(reason)
     return text
 
 

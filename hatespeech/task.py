@@ -88,3 +88,12 @@ def softmax(logits: Sequence[float]) -> tuple[float, ...]:
 def decide(probabilities: Sequence[float]) -> str:
     """The most probable label."""
     return LABELS[max(range(len(LABELS)), key=probabilities.__getitem__)]
+
+
+def text_error(text: str | None) -> str:
+    """Why a text can't be classified, in words that hold nothing of it; empty where it can."""
+    if not normal_form(text or "").strip():
+        return "there is no text: curl localhost:5000/infer -d 'some text'"
+    if "\0" in text:
+        return f"the text holds a NUL character (at {text.index(chr(0))}), where Ollama would end it"
+    return ""

@@ -1,6 +1,5 @@
 """Bulk scoring on a real Ray, with the shipped model: the service's answers, no row lost or twice, whatever dies."""
 
-import importlib.util
 import json
 import os
 import signal
@@ -9,13 +8,15 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import fsspec
 import numpy as np
 import pandas as pd
 import psutil
+import pyarrow
 import pytest
 from pyarrow import parquet
 
-from hatespeech import UserError, bulk, scoring, task
+from hatespeech import UserError, bulk, scoring, tables, task
 from hatespeech.calibration import Calibration
 from tests.conftest import ROOT, RUN
 from tests.test_data import TEST, TRAIN
@@ -46,7 +47,7 @@ def written(folder, kind: str) -> pd.DataFrame:
     return pd.concat(parts).sort_values("id", ignore_index=True)
 
 
-@pytest.mark.parametrize("kind", bulk.KINDS)
+@pytest.mark.parametrize("kind", [".parquet", ".csv", ".jsonl"])
 def test_each_kind_of_file_keeps_its_rows_and_gets_answers(ray, rows, run, server, ollama_host, tmp_path, kind):
     source, output = tmp_path / "in", tmp_path / "out"
     source.mkdir()
@@ -58,7 +59,7 @@ def test_each_kind_of_file_keeps_its_rows_and_gets_answers(ray, rows, run, serve
             part.to_parquet(path)
         else:
             path.write_text("".join(json.dumps(row) + "\n" for row in part.to_dict("records")))
-    options = {"model_dir": str(run), "hosts": [ollama_host], "rows_a_part": 5}
+    options = {"model_dir": str(run), "hosts": [ollama_host], "rows_per_part": 5}
     state = bulk.run(f"file://{source}", str(output), **options)
     assert state["finished"]
     assert sum(state["rows"]) == len(rows)
@@ -72,7 +73,7 @@ def test_each_kind_of_file_keeps_its_rows_and_gets_answers(ray, rows, run, serve
         probabilities = np.array([answer[f"p_{label.lower()}"] for label in task.LABELS], dtype=float)
         assert np.abs(probabilities - expected).max() < 5e-3  # Ollama's own, from one prompt cache to another
         assert answer["label"] == task.decide(probabilities)
-        assert answer["score"] == pytest.approx(float(probabilities @ calibration.class_scores), abs=1e-6)
+        assert answer["score"] == pytest.approx(float(probabilities @ calibration.class_scores), abs=1e-4)
         assert bool(answer["abstain"]) == (max(probabilities) < calibration.abstain_below)
         assert not answer["error"] or pd.isna(answer["error"])
     refused = found[16:]
@@ -90,27 +91,12 @@ def test_each_kind_of_file_keeps_its_rows_and_gets_answers(ray, rows, run, serve
     assert {path: path.stat().st_mtime_ns for path in output.glob("part-*")} == before
 
 
-def test_vllm_gives_the_services_answers(ray, rows, run, server, tmp_path):
-    """Where vLLM is installed; tests/test_scoring.py has it alone."""
-    pytest.importorskip("vllm", reason="vLLM pins a torch of its own: pip install '.[vllm]' in another environment")
-    rows.to_parquet(tmp_path / "in.parquet")
-    state = bulk.run(str(tmp_path / "in.parquet"), str(tmp_path / "out"), model_dir=str(run), vllm=True, workers=1)
-    assert state["engine"] == "vllm"
-    found, calibration = written(tmp_path / "out", ".parquet"), Calibration.load(run / "calibration.json")
-    served = calibration.apply(np.array([server.classify(text).probabilities for text in rows["text"][:16]]))
-    scored = found[[f"p_{label.lower()}" for label in task.LABELS]][:16].to_numpy(dtype=float)
-    apart = np.abs(scored - served)
-    print(f"vLLM's probabilities differ from Ollama's by {apart.mean():.4f} on average, {apart.max():.4f} at most")
-    assert apart.max() < 0.06
-    assert "too long" in found["error"][17]
-
-
-def test_equal_texts_meet_in_one_part_and_are_scored_once(monkeypatch, run):
-    import pyarrow
-
-    texts = ["a", "b", "a", "c", "b", "a"]
-    parts = [bulk.buckets([text])[0] for text in texts]
-    assert parts == bulk.buckets(texts).tolist()  # wherever they are met
+def test_equal_texts_meet_in_one_part_and_are_scored_once(monkeypatch, run, tmp_path):
+    (tmp_path / "in.csv").write_text("text\na\nb\na\nc\nb\na\n")
+    table = tables.open_table(str(tmp_path / "in.csv"))
+    (rows,) = table.batches()
+    texts = rows["text"].to_pylist()
+    assert [bulk.buckets([text])[0] for text in texts] == bulk.buckets(texts).tolist()  # wherever they are met
     asked = []
 
     def load(run, calibration):
@@ -120,18 +106,19 @@ def test_equal_texts_meet_in_one_part_and_are_scored_once(monkeypatch, run):
 
     monkeypatch.setattr(scoring, "load", load)
     monkeypatch.setattr(scoring, "weights_path", lambda run: run / "settings.json")
-    provenance = bulk._provenance(run, (), "transformers")
-    job = bulk.Job(".csv", "text", "memory://out", "memory", str(run), (), gpus=0, provenance=provenance, parts=1)
-    told = bulk.Score(job)(pyarrow.table({"text": texts, "part": [0] * 6}))
+    provenance = bulk._provenance(run, ())
+    filesystem = fsspec.filesystem("memory")
+    job = bulk.Job(table, "memory://out", filesystem, str(run), (), n_gpus=0, provenance=provenance, n_parts=1)
+    told = bulk.Score(job)(rows.append_column("part", pyarrow.array([0] * 6)))
     assert asked == ["a", "b", "c"]
     assert told.select(["rows", "distinct"]).to_pylist() == [{"rows": 6, "distinct": 3}]
-    lines = job.filesystem().cat_file(job.path(0)).decode().splitlines()
-    assert [line.partition(",")[0].strip('"') for line in lines] == ["text", *texts]
+    lines = filesystem.cat_file(job.path(0)).decode().splitlines()
+    assert [line.partition(",")[0] for line in lines] == ["text", *texts]
 
 
 def test_what_can_not_be_done_is_told_before_it_begins(ray, run, server, ollama_host, tmp_path, monkeypatch):
     options = {"model_dir": str(run), "hosts": [ollama_host]}
-    with pytest.raises(UserError, match="not a file or a folder of files"):
+    with pytest.raises(UserError, match="no such file"):
         bulk.run(str(tmp_path / "none"), str(tmp_path / "out"), **options)
     source = tmp_path / "a.csv"
     source.write_text("id,text,label\n1,x,\n")
@@ -141,19 +128,12 @@ def test_what_can_not_be_done_is_told_before_it_begins(ray, run, server, ollama_
     with pytest.raises(UserError, match=r"no column text \(there are: id, words\)"):
         bulk.run(str(source), str(tmp_path / "out"), **options)
     bulk.run(str(source), str(tmp_path / "out"), text_column="words", **options)
-    source.write_text("id,words\n1,other words now\n")
+    was = source.stat()
+    source.write_text("id,words\n1,same words\n")  # as long as it was, and as old
+    os.utime(source, ns=(was.st_atime_ns, was.st_mtime_ns))
+    assert source.stat().st_size == was.st_size
     with pytest.raises(UserError, match="begun with another input"):
         bulk.run(str(source), str(tmp_path / "out"), text_column="words", **options)
-    with pytest.raises(UserError, match="only vLLM puts a model on several GPUs"):
-        bulk.run(str(source), str(tmp_path / "out"), gpus_a_worker=2, **options)
-    with pytest.raises(UserError, match="either Ollama hosts or vLLM"):
-        bulk.run(str(source), str(tmp_path / "out"), vllm=True, **options)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "vllm")
-    with pytest.raises(UserError, match="a worker was to have 2 GPUs, and there are 0"):
-        bulk.run(str(source), str(tmp_path / "out"), text_column="words", vllm=True, gpus_a_worker=2)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"vllm is not installed: pip install"):
-        bulk.run(str(source), str(tmp_path / "out"), vllm=True)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "letter.txt").write_text("not ours")
     with pytest.raises(UserError, match="is not empty"):
@@ -179,7 +159,7 @@ def test_what_a_worker_fails_of_is_told(ray, run, stand_in, tmp_path):
     stand_in.body = json.dumps({"modelfile": f"FROM /models/sha256-{'0' * 64}"}).encode()
     source = tmp_path / "a.csv"
     source.write_text("text\nsome text\n")
-    with pytest.raises(UserError, match=r"a worker failed: Ollama's answer holds no label probabilities.*goes on"):
+    with pytest.raises(UserError, match=r"Ollama's answer holds no label probabilities.*goes on"):
         bulk.run(str(source), str(tmp_path / "out"), model_dir=str(RUN), hosts=[stand_in.host])
 
 

@@ -358,7 +358,7 @@ def test_a_missing_column_is_named(tmp_path):
 
 @pytest.mark.parametrize(
     ("source", "reason"),
-    [("no/such.csv", "no such data set"), (str(ROOT / "README.md"), "a .csv or .jsonl or .parquet file")],
+    [("no/such.csv", "no/such.csv: no such file"), (str(ROOT / "README.md"), "README.md: a table is a file of .csv")],
 )
 def test_what_is_no_data_set_is_named(source, reason):
     with pytest.raises(UserError, match=reason):
@@ -368,7 +368,7 @@ def test_what_is_no_data_set_is_named(source, reason):
 def test_a_broken_file_is_named_without_its_text(tmp_path):
     path = tmp_path / "rows.parquet"
     path.write_bytes(b"a secret text")
-    with pytest.raises(UserError, match="can't be read as a table") as error:
+    with pytest.raises(UserError, match=r"rows.parquet: can't be read as Parquet") as error:
         data.read(str(path))
     assert "secret" not in str(error.value)
 

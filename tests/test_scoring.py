@@ -62,16 +62,6 @@ def test_the_gpus_way_computes_what_one_at_a_time_does(model, tokenizer, texts, 
     assert np.abs(all_logits(packed, prompts) - expected).max() < 1e-4
 
 
-def test_vllm_computes_what_one_at_a_time_does(model, tokenizer, texts, expected, tmp_path):
-    pytest.importorskip("vllm", reason="vLLM pins a torch of its own: pip install '.[vllm]' in another environment")
-    model.save_pretrained(tmp_path)
-    found = scoring.VLLM(str(tmp_path), tokenizer).label_probabilities([*texts, "word " * 3000])
-    assert np.isnan(found[-1]).all()
-    apart = np.abs(found[:-1] - softmax(expected)).max()
-    print(f"vLLM's probabilities differ by {apart:.1e} at most")
-    assert apart < 1e-3
-
-
 def test_a_tokenizer_once_asked_to_pad_changes_nothing(tokenizer, texts):
     padding = copy.deepcopy(tokenizer)
     padding.pad_token, padding.padding_side = padding.eos_token, "left"

@@ -10,8 +10,6 @@ those of train.parquet, no two alike; encoding and copying them is in the time, 
 """
 
 import argparse
-import importlib.metadata
-import importlib.util
 import json
 import os
 import signal
@@ -57,27 +55,6 @@ def median_rate(compute: Callable[[list[str]], object], texts: list[str], few: i
     return len(texts) / sorted(seconds[2:])[1]
 
 
-def vllm_rate(model, tokenizer, texts: list[str]) -> float:
-    """Of scoring.VLLM, which forgets its prefixes before each pass, since it would know the same texts again.
-
-    It has the GPU to itself, in a process of its own.
-    """
-    device = model.device
-    with tempfile.TemporaryDirectory() as folder:
-        model.to("cpu").save_pretrained(folder)
-        torch.cuda.empty_cache()
-        engine = scoring.VLLM(folder, tokenizer)
-
-        def compute(some: list[str]) -> None:
-            engine._engine.reset_prefix_cache()
-            engine.label_probabilities(some)
-
-        rate = median_rate(compute, texts, len(texts) // 2)
-    engine._engine.llm_engine.engine_core.shutdown()
-    model.to(device)
-    return rate
-
-
 def measure_gpu(workload: str, tokenizer, texts: list[str]) -> list[dict]:
     """A row for each way, all with one model, the texts' own tokens in TFLOP/s. The slower ways get fewer texts."""
     dtype = torch.float16 if torch.cuda.is_available() else torch.float32
@@ -87,8 +64,6 @@ def measure_gpu(workload: str, tokenizer, texts: list[str]) -> list[dict]:
             lambda some: batch_after_batch(model, tokenizer, some), few, len(few) // 8
         )
     }
-    if importlib.util.find_spec("vllm"):
-        rates["vLLM"] = vllm_rate(model, tokenizer, few)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     rates["ours"] = median_rate(scoring.Scorer(model, tokenizer).label_probabilities, texts, len(few))
@@ -140,15 +115,11 @@ def measure_cpu(texts: list[str]) -> list[dict]:
         pd.DataFrame({"text": texts}).to_parquet(f"{scratch}/in.parquet")
         for workers in (1, 2):
             output = f"{scratch}/{workers}"
-            done = bulk.run(f"{scratch}/in.parquet", output, model_dir=str(RUN), workers=workers, rows_a_part=160)
+            done = bulk.run(f"{scratch}/in.parquet", output, model_dir=str(RUN), workers=workers, rows_per_part=160)
             found = done["scored"]
             rows.append({"way": f"hatespeech.bulk, workers: {workers}", "texts": found["rows"]})
             rows[-1]["texts_per_s"] = found["rows"] / found["seconds"]
     return [{"workload": "SmolLM2-135M"} | row for row in rows]
-
-
-def vllm_version() -> dict[str, str]:
-    return {"vllm": importlib.metadata.version("vllm")} if importlib.util.find_spec("vllm") else {}
 
 
 def main() -> None:
@@ -176,7 +147,7 @@ def main() -> None:
         "command": "python -m tests.benchmarks.bulk",
         "commit": recording.commit(),
         "hardware": tuning.hardware(),
-        "versions": recording.versions() | vllm_version(),
+        "versions": recording.versions(),
         "rows": rows,
     }
     export.write_json(path, stored)

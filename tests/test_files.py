@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from hatespeech import table
+from hatespeech import files
 from hatespeech.store import Store
 from tests.conftest import ROOT
 from tests.test_data import TEST
@@ -79,8 +79,8 @@ def test_what_cannot_be_done_is_said_before_anything_is_asked(classify, tmp_path
     source, target = tmp_path / "in.csv", tmp_path / "out.csv"
     source.write_text("id,comment,label\n1,a,b\n")
     for options, reason in (
-        ((), "no column text (there are: id, comment, label): --text-column NAME"),
-        (("--text-column", "comment"), "has columns that would be added: label; rename them"),
+        ((), "no column text (there are: id, comment, label)"),
+        (("--text-column", "comment"), "has columns that would be added: label. Give those that are added a prefix"),
     ):
         done = classify(source, target, *options)
         assert (done.exit_code, reason in done.output) == (1, True), done.output
@@ -101,7 +101,7 @@ def test_a_failing_ollama_stops_it_and_it_goes_on_later(stand_in, make_client, c
     assert "rows are kept: the same command goes on" in failed.output
     assert not target.exists()
     # That Ollama called its model by another digest: its journal is not gone on from unasked.
-    assert "is of another input, column or model: remove it" in classify(source, target).output
+    assert "was begun with another model: remove it to start" in classify(source, target).output
     Path(f"{target}.progress").unlink()
     assert classify(source, target).exit_code == 0
     assert len(read(target)) == 3
@@ -111,8 +111,8 @@ def test_a_torn_line_of_the_journal_is_done_again(classify, tmp_path):
     source, target = tmp_path / "in.csv", tmp_path / "out.csv"
     source.write_text("text\n" + "".join(f"text {i}\n" for i in range(3)))
     with open(f"{target}.progress", "a+b") as journal:
-        table._append(journal, {"torn": True})
-    assert "is of another input" in classify(source, target).output
+        files._append(journal, {"torn": True})
+    assert "was begun with another" in classify(source, target).output
     Path(f"{target}.progress").write_bytes(b'{"input_sha256": "tor')
     done = classify(source, target)
     assert done.exit_code == 0, done.output
