@@ -1,7 +1,7 @@
 """The service: a text in, its label out, every request in the log.
 
     ./bootstrap.sh                                  # set up and serve; or, where all is set up:
-    gunicorn --config python:hatespeech.gunicorn_conf --bind 127.0.0.1:5000 'app:create_app()'
+    gunicorn --config python:hatespeech.serving.gunicorn_conf --bind 127.0.0.1:5000 'app:create_app()'
     curl localhost:5000/infer -d 'some text'
     flask --app app --help                          # keys, feedback export, classify, replay, purge
 
@@ -24,13 +24,15 @@ from flask import Flask, Response, g, request, stream_with_context
 from sqlalchemy.exc import SQLAlchemyError
 from werkzeug.exceptions import BadRequest, HTTPException, NotFound, Unauthorized, UnsupportedMediaType
 
-from hatespeech import UserError, auth, commands, export, openapi, pages, perspective, reporting, task
+from hatespeech import UserError, runs, task
 from hatespeech.hosts import Hosts
-from hatespeech.metrics import Metrics
-from hatespeech.ollama import Ollama, OllamaError, model_name
-from hatespeech.service import Answer, Busy, Gate, Service, status_of
-from hatespeech.store import Store
-from hatespeech.uploads import Uploads
+from hatespeech.ollama import Ollama, OllamaError
+from hatespeech.runs import model_name
+from hatespeech.serving import auth, commands, openapi, pages, perspective, reporting
+from hatespeech.serving.metrics import Metrics
+from hatespeech.serving.service import Answer, Busy, Gate, Service, status_of
+from hatespeech.serving.store import Store
+from hatespeech.serving.uploads import Uploads
 
 ROOT = Path(__file__).parent
 DEFAULTS = {
@@ -60,7 +62,7 @@ def create_app(config: dict | None = None) -> Flask:
     app.config |= {name: os.environ.get(name, default) for name, default in DEFAULTS.items()}
     app.config |= {"MAX_CONTENT_LENGTH": 1024 * 1024} | (config or {})
     timeout_s, run = float(app.config["OLLAMA_TIMEOUT_S"]), Path(app.config["MODEL_DIR"])
-    run_settings = export.read_settings(run)
+    run_settings = runs.read_settings(run)
     flag_above = flag_above_of(app.config["FLAG_ABOVE"])
     store = Store(app.config["DATABASE_URL"], app.config["LOG_TEXT"], app.config["LOG_HASH_KEY"])
     hosts, tokens = app.config["OLLAMA_HOSTS"] or app.config["OLLAMA_HOST"], tuple(run_settings["label_tokens"])

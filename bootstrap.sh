@@ -146,7 +146,7 @@ serve() {
   .venv/bin/python -c "import sys; from app import create_app; from hatespeech import UserError
 try: create_app()
 except UserError as error: sys.exit(f'  {error}')" || fail "the service can't start with these settings; the reason is above" "mend that and run ./bootstrap.sh again"
-  launch .venv/bin/python -m gunicorn --config python:hatespeech.gunicorn_conf --bind "$HOST:$PORT" 'app:create_app()'
+  launch .venv/bin/python -m gunicorn --config python:hatespeech.serving.gunicorn_conf --bind "$HOST:$PORT" 'app:create_app()'
   local gunicorn=$! # it stops first, while Ollama still answers what is in flight
   until .venv/bin/python -c "import requests; requests.get('$url/healthcheck', timeout=10).raise_for_status()" 2>/dev/null; do
     kill -0 "$gunicorn" 2>/dev/null || fail "the service ended at once; its words are above" "mend that and run ./bootstrap.sh again"
@@ -194,9 +194,9 @@ step "the model's weights in $MODEL_DIR"
 if [ ! -f "$MODEL_DIR/model.gguf" ] && [ ! -d "$MODEL_DIR/merged" ]; then
   need_disk_mb 1000
   own base --into "$BASE"
-  .venv/bin/python -m hatespeech.export "$MODEL_DIR" --base "$BASE" || fail "model.gguf could not be made; the reason is above" "mend that and run ./bootstrap.sh again"
+  .venv/bin/python -m hatespeech.training.export "$MODEL_DIR" --base "$BASE" || fail "model.gguf could not be made; the reason is above" "mend that and run ./bootstrap.sh again"
 fi
-.venv/bin/python -m hatespeech.checks "$MODEL_DIR" | sed 's/^/  /' || echo "  it is served all the same"
+.venv/bin/python -m hatespeech.training.checks "$MODEL_DIR" | sed 's/^/  /' || echo "  it is served all the same"
 step "an Ollama that serves"
 start_ollama
 step "the model in Ollama"

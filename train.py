@@ -26,19 +26,8 @@ try:
 except ModuleNotFoundError as error:
     sys.exit(f"train: {error.name} is not installed: conda env create -f environment.yml, or pip install -e '.[train]'")
 
-from hatespeech import (
-    UserError,
-    averaging,
-    calibration,
-    checks,
-    data,
-    evaluation,
-    export,
-    ollama,
-    recording,
-    reference,
-    tuning,
-)
+from hatespeech import UserError, calibration, ollama, runs, tokens
+from hatespeech.training import averaging, checks, data, evaluation, export, recording, reference, tuning
 
 # Mean difference of label probabilities, trained against served: rounding to 16 bit costs some thousandths, bf16 on a
 # GPU hundredths, a wrong tokenizer or rotary order tenths.
@@ -132,12 +121,12 @@ def main(settings: Settings) -> None:
     tuning.check_base(settings.model)
     if settings.reference:
         return reference.run(settings)
-    with tuning.processes() as rank, nullcontext() if rank else export.run_folder(folder) as work:
+    with tuning.processes() as rank, nullcontext() if rank else runs.run_folder(folder) as work:
         # Load and split.
-        tokenizer = tuning.load_tokenizer(settings.model)
+        tokenizer = tokens.load_tokenizer(settings.model)
         splits, counts = load_splits(settings, functional, tokenizer)
         splits["functional"] = functional
-        prompts = {name: tuning.encode(tokenizer, part["text"].tolist()) for name, part in splits.items()}
+        prompts = {name: tokens.encode(tokenizer, part["text"].tolist()) for name, part in splits.items()}
         # Tune.
         lora = {"rank": settings.rank, "alpha": settings.alpha, "seed": settings.seed}
         classifier = tuning.load(settings.model, tokenizer, **lora)
@@ -203,7 +192,7 @@ def load_splits(settings: Settings, functional: pd.DataFrame, tokenizer) -> tupl
     """
 
     def read(source: str) -> data.Comments:
-        return data.comments(data.read(source), lambda texts: [len(ids) for ids in tuning.encode(tokenizer, texts)])
+        return data.comments(data.read(source), lambda texts: [len(ids) for ids in tokens.encode(tokenizer, texts)])
 
     comments = read(settings.dataset)
     frame, counts = comments.frame, {settings.dataset: comments.counts}
@@ -249,7 +238,7 @@ def tune(classifier, prompts: list[list[int]], goals: np.ndarray, settings: Sett
             batch_size=settings.batch_size,
             learning_rate=settings.learning_rate,
             seed=settings.seed + member,
-            checkpoint=work and work / export.checkpoint_name(member),
+            checkpoint=work and work / runs.checkpoint_name(member),
             checkpoint_every_s=settings.checkpoint_every_s,
         )
         states.append(averaging.state(classifier.model))
@@ -278,28 +267,31 @@ def finish_gguf(folder: Path, classifier, quantize: str, texts: list[str], expec
     said. Quantised, the model is not the one that the calibration was fitted for, and is served uncalibrated until
     --evaluate-only has fitted it anew.
     """
-    maker, tokens, served = export.converted(folder), tuple(classifier.label_tokens), bool(shutil.which("ollama"))
+    maker, label_tokens = export.converted(folder), tuple(classifier.label_tokens)
+    served = bool(shutil.which("ollama"))
     if served:
-        check_served(folder, maker, tokens, texts, expected)
+        check_served(folder, maker, label_tokens, texts, expected)
     else:
         print("no `ollama` command here: what it will serve is not checked; python -m train --evaluate-only does later")
     fitted = calibration.Calibration.load(folder / "calibration.json")
-    replace(fitted, model_sha256=export.sha256_of(folder / "model.gguf")).save(folder / "calibration.json")
+    replace(fitted, model_sha256=runs.sha256_of(folder / "model.gguf")).save(folder / "calibration.json")
     if quantize != "F16":
         export.quantise(folder, quantize)
         print(f"quantised to {quantize} by llama-quantize", end="")
         if served:
-            difference = np.abs(ollama.served_once(folder, tokens, texts) - expected).mean()
+            difference = np.abs(ollama.served_once(folder, label_tokens, texts) - expected).mean()
             print(f": label probabilities differ from training's by {difference:.4f} on average", end="")
         print("\nthe calibration was fitted before that, so the service answers `calibrated: false` until")
         print("`python -m train --evaluate-only` has fitted it to what is served, and told what quantising costs")
     shutil.rmtree(folder / "merged", ignore_errors=True)
 
 
-def check_served(folder: Path, maker: str, tokens: tuple[str, ...], texts: list[str], expected: np.ndarray) -> None:
+def check_served(
+    folder: Path, maker: str, label_tokens: tuple[str, ...], texts: list[str], expected: np.ndarray
+) -> None:
     """Refuse a model.gguf that Ollama reads otherwise than training did. maker: what made it."""
     try:
-        difference = np.abs(ollama.served_once(folder, tokens, texts) - expected).mean()
+        difference = np.abs(ollama.served_once(folder, label_tokens, texts) - expected).mean()
     except ollama.OllamaError as error:
         print(f"{maker}: {error}")
         difference = np.inf
@@ -316,7 +308,7 @@ def check_served(folder: Path, maker: str, tokens: tuple[str, ...], texts: list[
 
 def evaluate(folder: Path, settings: Settings) -> None:
     """Measure a finished run: on its own comments, adding to its folder, or on other rows (--test-dataset)."""
-    run = export.read_settings(folder)
+    run = runs.read_settings(folder)
     trained = Settings.of(run["settings"])
     splits = stored_splits(folder, run, trained)
     engine, predict = ("as_served", predict_as_served) if settings.engine == "ollama" else ("torch", predict_by_torch)
@@ -353,7 +345,7 @@ def evaluate_other(folder: Path, run: dict, splits: dict, settings: Settings, en
     path = folder / "evaluations" / f"{Path(settings.test_dataset).stem}.json"
     path.parent.mkdir(exist_ok=True)
     about = {"dataset": Path(settings.test_dataset).name, "commit": recording.commit(), "left_out": seen}
-    export.write_json(path, about | {engine: origin | measured[engine], f"{engine}_by_group": rows})
+    runs.write_json(path, about | {engine: origin | measured[engine], f"{engine}_by_group": rows})
     print(f"\nstored in {path}")
 
 
@@ -383,7 +375,7 @@ def predict_as_served(folder: Path, run: dict, texts: list[str]) -> tuple[np.nda
     the service refuses."""
     from tqdm.auto import tqdm
 
-    server = ollama.Ollama(os.environ.get("OLLAMA_HOST", ""), ollama.model_name(folder), tuple(run["label_tokens"]), 60)
+    server = ollama.Ollama(os.environ.get("OLLAMA_HOST", ""), runs.model_name(folder), tuple(run["label_tokens"]), 60)
     probabilities = np.full((len(texts), 3), np.nan)
     try:
         origin = {"ollama": server.version(), "digest": server.digest(), "model_sha256": server.weights_sha256()}
@@ -406,10 +398,10 @@ def predict_by_torch(folder: Path, run: dict, texts: list[str]) -> tuple[np.ndar
         raise UserError(f"{folder} holds neither adapter/ nor model.gguf: MODEL_DIR={folder} ./bootstrap.sh makes one")
     base = settings.model if adapter.exists() else str(merged)
     tuning.check_base(base)
-    tokenizer = tuning.load_tokenizer(base)
+    tokenizer = tokens.load_tokenizer(base)
     lora = {"rank": settings.rank, "alpha": settings.alpha, "seed": 0}
     classifier = tuning.load(base, tokenizer, **lora, adapter=adapter if adapter.exists() else None)
-    return tuning.label_probabilities(classifier, tuning.encode(tokenizer, texts)), {"hardware": tuning.hardware()}
+    return tuning.label_probabilities(classifier, tokens.encode(tokenizer, texts)), {"hardware": tuning.hardware()}
 
 
 def parse(arguments: list[str] | None = None) -> Settings:

@@ -30,7 +30,7 @@ import psutil
 import requests
 from tqdm import tqdm
 
-from hatespeech import ollama
+from hatespeech import ollama, runs
 
 VERSION = "0.34.4"
 RELEASE_URL = f"https://github.com/ollama/ollama/releases/download/v{VERSION}"
@@ -597,7 +597,7 @@ def wait_for_server(pid: int, log: Path) -> str:
 
 def create_model(folder: Path) -> str:
     """Give a run to the Ollama at OLLAMA_HOST and load it: by the `ollama` command, or without one over HTTP."""
-    server = ollama.Ollama(os.environ["OLLAMA_HOST"], ollama.model_name(folder), (), timeout_s=120)
+    server = ollama.Ollama(os.environ["OLLAMA_HOST"], runs.model_name(folder), (), timeout_s=120)
     say(server.model)
     if shutil.which("ollama"):
         command = ["ollama", "create", server.model, "-f", str(folder / "Modelfile")]

@@ -57,11 +57,6 @@ def base_url(host: str) -> str:
     return f"{scheme or 'http'}://{name}:{port or default_port}"
 
 
-def model_name(run: Path) -> str:
-    """The name under which bootstrap.sh gives a run to Ollama: results/smollm2-135m -> hatespeech-smollm2-135m."""
-    return "hatespeech-" + re.sub(r"[^a-z0-9._-]+", "-", run.resolve().name.lower())
-
-
 @contextmanager
 def private_server(scratch: Path) -> Iterator[str]:
     """An Ollama for a moment, as host:port: on a free port, with a model store in scratch that goes with it.

@@ -16,6 +16,10 @@ import numpy as np
 BLOCK = 128
 SHARED, PADDING = 0, -1
 
+# A bin's length and what it is a multiple of. On a GPU few shapes should come (CUDA graphs); on a CPU, without
+# FlexAttention, attention costs the square of the length.
+BIN_TOKENS = {"cuda": {"bin_tokens": 2048, "unit": 256}, "cpu": {"bin_tokens": 512, "unit": 1}}
+
 
 @dataclass(frozen=True)
 class Bins:

@@ -17,8 +17,10 @@ import pytest
 from sqlalchemy import create_engine, text
 
 from app import create_app
-from hatespeech import export
-from hatespeech.ollama import Ollama, model_name, private_server
+from hatespeech import runs, tokens
+from hatespeech.ollama import Ollama, private_server
+from hatespeech.runs import model_name
+from hatespeech.training import export
 
 ROOT = Path(__file__).parent.parent
 BASE = ROOT / ".cache" / "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -40,9 +42,8 @@ def base_gguf() -> Path:
 
 @pytest.fixture(scope="session")
 def tokenizer(base_gguf):
-    from hatespeech import tuning
 
-    return tuning.load_tokenizer(str(base_gguf))
+    return tokens.load_tokenizer(str(base_gguf))
 
 
 @pytest.fixture(scope="session")
@@ -61,7 +62,7 @@ def create(ollama_host):
         name = name or model_name(run)
         command = ["ollama", "create", name, "-f", str(run / "Modelfile")]
         subprocess.run(command, env=os.environ | {"OLLAMA_HOST": ollama_host}, check=True, capture_output=True)
-        return Ollama(ollama_host, name, tuple(export.read_settings(run)["label_tokens"]), timeout_s=60)
+        return Ollama(ollama_host, name, tuple(runs.read_settings(run)["label_tokens"]), timeout_s=60)
 
     return create
 
@@ -162,6 +163,8 @@ class _Answer(BaseHTTPRequestHandler):
         self.reply(200, json.dumps({"models": models, "version": "0.24.0"}).encode())
 
     def do_POST(self):
+        if self.path == "/api/show":
+            return self.reply(200, json.dumps({"modelfile": f"FROM /models/sha256-{'0' * 64}"}).encode())
         time.sleep(self.server.delay_s)
         self.reply(self.server.status, self.server.body)
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hatespeech import task, tuning
+from hatespeech import task, tokens
 from hatespeech.normal import normal_form
 
 SAME = {
@@ -211,7 +211,7 @@ def test_training_and_serving_read_the_same_form(server, monkeypatch):
     monkeypatch.setattr(type(server), "_call", lambda self, *all: asked.append(all) or call(self, *all))
     for pairs in SAME.values():
         written, plain = pairs[0]
-        (trained,) = tuning.encode(Tokens(), [written])
+        (trained,) = tokens.encode(Tokens(), [written])
         answers = [server.classify(text).probabilities for text in (written, plain)]
         served = [body["messages"][0]["content"] for _, path, body in asked[-2:]]
         assert served == [task.as_read(written)] * 2

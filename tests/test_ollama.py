@@ -5,9 +5,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from hatespeech import ollama, task, tuning
+from hatespeech import ollama, runs, task, tokens
 from tests.conftest import ROOT, RUN, free_port
-from tests.test_data import TEST
+from tests.training.test_data import TEST
 
 
 @pytest.mark.parametrize(
@@ -27,8 +27,8 @@ def test_ollama_host_is_read_as_ollama_reads_it(host, url):
 
 
 def test_model_name_is_one_ollama_takes(tmp_path):
-    assert ollama.model_name(RUN) == "hatespeech-smollm2-135m"
-    assert ollama.model_name(tmp_path / "My Run (2)") == "hatespeech-my-run-2-"
+    assert runs.model_name(RUN) == "hatespeech-smollm2-135m"
+    assert runs.model_name(tmp_path / "My Run (2)") == "hatespeech-my-run-2-"
 
 
 def test_a_real_text_gets_probabilities(server):
@@ -57,7 +57,7 @@ def test_training_and_serving_read_the_same_tokens(server, tokenizer):
         "😀👍🏽 ünï",
         "▁",
     ]
-    for text, ids in zip(texts, tuning.encode(tokenizer, texts), strict=True):
+    for text, ids in zip(texts, tokens.encode(tokenizer, texts), strict=True):
         options = {"num_predict": 1, "num_ctx": task.CONTEXT_TOKENS}
         body = {"model": server.model, "prompt": task.as_read(text), "stream": False, "options": options}
         answer = server._call("POST", "/api/generate", body)
@@ -134,7 +134,7 @@ def test_an_old_ollama_is_refused(stand_in, monkeypatch):
 
 
 def test_the_modelfile_is_the_prompt():
-    from hatespeech import export
+    from hatespeech.training import export
 
     assert (ROOT / "Modelfile").read_text() == export.MODELFILE == (RUN / "Modelfile").read_text()
     assert f'TEMPLATE """{task.TEMPLATE}"""' in export.MODELFILE

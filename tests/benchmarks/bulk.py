@@ -23,8 +23,10 @@ import pandas as pd
 import requests
 import torch
 
-from hatespeech import export, ollama, packing, recording, scoring, task, tuning
+from hatespeech import ollama, packing, runs, task, tokens
+from hatespeech.bulk import scoring
 from hatespeech.calibration import Calibration
+from hatespeech.training import recording, tuning
 from tests.benchmarks.training import BASE, ROOT, ROWS, linear_weights, random_model
 
 RUN = ROOT / "results" / "smollm2-135m"
@@ -68,11 +70,11 @@ def measure_gpu(workload: str, tokenizer, texts: list[str]) -> list[dict]:
         torch.cuda.reset_peak_memory_stats()
     rates["ours"] = median_rate(scoring.Scorer(model, tokenizer).label_probabilities, texts, len(few))
     rows = [{"workload": workload, "way": way, "texts_per_s": rate} for way, rate in rates.items()]
-    prompts = tuning.encode(tokenizer, texts[:2048])
-    tokens = sum(map(len, prompts)) / len(prompts)
-    own = tokens - packing.shared_tokens(prompts)
+    prompts = tokens.encode(tokenizer, texts[:2048])
+    n_tokens = sum(map(len, prompts)) / len(prompts)
+    own = n_tokens - packing.shared_tokens(prompts)
     for row in rows:
-        row |= {"tokens_a_text": tokens, "tflops": 2 * linear_weights(workload) * own * row["texts_per_s"] / 1e12}
+        row |= {"tokens_per_text": n_tokens, "tflops": 2 * linear_weights(workload) * own * row["texts_per_s"] / 1e12}
     if torch.cuda.is_available():
         rows[-1]["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
     return rows
@@ -80,10 +82,10 @@ def measure_gpu(workload: str, tokenizer, texts: list[str]) -> list[dict]:
 
 def measure_cpu(texts: list[str]) -> list[dict]:
     """The shipped model; the service and scoring.py take turns with every half of the texts."""
-    from hatespeech import bulk
+    from hatespeech.bulk import job as bulk
     from tests.benchmarks import serving
 
-    name, rows = ollama.model_name(RUN), []
+    name, rows = runs.model_name(RUN), []
     calibration = Calibration.load(RUN / "calibration.json")
     with tempfile.TemporaryDirectory() as scratch, ollama.private_server(Path(scratch)) as host:
         ollama.create(host, name, RUN)
@@ -127,7 +129,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a tiny model on a CPU; nothing is stored")
     parser.add_argument("--tokenizer", default=str(BASE), help="a hub id, directory or .gguf file")
     arguments = parser.parse_args()
-    tokenizer = tuning.load_tokenizer(arguments.tokenizer)
+    tokenizer = tokens.load_tokenizer(arguments.tokenizer)
     texts, rows = pd.read_parquet(ROWS)["text"].drop_duplicates().tolist(), []
     cuda = torch.cuda.is_available()
     if cuda or arguments.quick:
@@ -150,7 +152,7 @@ def main() -> None:
         "versions": recording.versions(),
         "rows": rows,
     }
-    export.write_json(path, stored)
+    runs.write_json(path, stored)
 
 
 if __name__ == "__main__":

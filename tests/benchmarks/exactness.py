@@ -16,7 +16,8 @@ import pandas as pd
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hatespeech import export, gpu, packing, recording, task, tuning
+from hatespeech import packing, runs, task, tokens
+from hatespeech.training import gpu, recording, tuning
 from tests.benchmarks.training import BASE, ROOT
 
 LENGTHS = (3, 200, 12, 12, 40, 1, 90, 7)
@@ -123,7 +124,7 @@ def measure(tokenizer) -> pd.DataFrame:
     classifier.model.train()
     words = np.random.default_rng(0).choice(["a", "the", "😀", " no", "\n", "<s>", "words"], sum(LENGTHS))
     texts = [" ".join(part) for part in np.split(words, np.cumsum(LENGTHS)[:-1])]
-    prompts = tuning.encode(tokenizer, texts)
+    prompts = tokens.encode(tokenizer, texts)
     rng = np.random.default_rng(1)
     targets = np.zeros((len(prompts), 4), dtype=np.float32)
     targets[:, :3] = rng.dirichlet(np.ones(len(task.LABELS)), len(prompts))
@@ -151,13 +152,13 @@ def measure(tokenizer) -> pd.DataFrame:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokenizer", default=str(BASE), help="a hub id, directory or .gguf file")
-    tokenizer = tuning.load_tokenizer(parser.parse_args().tokenizer)
+    tokenizer = tokens.load_tokenizer(parser.parse_args().tokenizer)
     table = measure(tokenizer)
     print(table.to_string())
     if torch.cuda.is_available():
         result = {"command": "python -m tests.benchmarks.exactness", "commit": recording.commit()}
         result |= {"hardware": tuning.hardware(), "versions": recording.versions(), "rows": table.to_dict("records")}
-        export.write_json(ROOT / "results" / "benchmarks" / "exactness.json", result)
+        runs.write_json(ROOT / "results" / "benchmarks" / "exactness.json", result)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from hatespeech import export, recording, tuning
+from hatespeech import runs
+from hatespeech.training import recording, tuning
 from tests.benchmarks.training import BASE, ROOT, ROWS
 
 TARGETS = ("race", "religion", "origin", "gender", "sexuality", "age", "disability")
@@ -67,7 +68,7 @@ def main() -> None:
         if process.returncode:
             sys.exit(f"python -m train ended with exit status {process.returncode}")
         files = sorted(Path(output).iterdir(), key=lambda path: path.stat().st_mtime)
-        run = export.read_settings(Path(output))
+        run = runs.read_settings(Path(output))
         result = {
             "command": " ".join(["python -m tests.benchmarks.full_size", *options]),
             "commit": recording.commit(),
@@ -84,7 +85,7 @@ def main() -> None:
         }
     print(json.dumps({name: value for name, value in result.items() if name != "log"}, indent=2))
     if not arguments.quick:
-        export.write_json(ROOT / "results" / "benchmarks" / "full_size.json", result)
+        runs.write_json(ROOT / "results" / "benchmarks" / "full_size.json", result)
 
 
 if __name__ == "__main__":

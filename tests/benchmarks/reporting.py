@@ -26,11 +26,13 @@ import pandas as pd
 from sqlalchemy import func, insert, select, text
 from tqdm import tqdm
 
-from hatespeech import export, queries, recording, reporting, task
-from hatespeech.queries import Filter, Span
-from hatespeech.store import ANSWERED, Feedback, Request, Store, Tally, tallies_of, tally_rows
+from hatespeech import runs, task
+from hatespeech.serving import queries, reporting
+from hatespeech.serving.queries import Filter, Span
+from hatespeech.serving.store import ANSWERED, Feedback, Request, Store, Tally, tallies_of, tally_rows
+from hatespeech.training import recording
 from tests.conftest import RUN, postgres_server
-from tests.test_data import TRAIN
+from tests.training.test_data import TRAIN
 
 DAY, DAYS, CHUNK = datetime(2026, 3, 1), 30, 20_000
 
@@ -133,7 +135,7 @@ def main() -> None:
             store.engine.dispose()
     print(json.dumps(result, indent=2))
     if arguments.rows >= 1_000_000:
-        export.write_json(RUN.parent / "benchmarks" / "reporting.json", result)
+        runs.write_json(RUN.parent / "benchmarks" / "reporting.json", result)
 
 
 if __name__ == "__main__":

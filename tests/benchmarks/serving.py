@@ -29,7 +29,8 @@ import pandas as pd
 import psutil
 import requests
 
-from hatespeech import export, ollama, recording, task
+from hatespeech import ollama, runs, task
+from hatespeech.training import export, recording
 from tests.conftest import ROOT, RUN, free_port
 
 CLIENTS = (1, 4, 16)
@@ -76,7 +77,15 @@ def start_app(host: str, scratch: str) -> tuple[subprocess.Popen, str, float]:
     address = f"127.0.0.1:{free_port()}"
     environment = os.environ | {"OLLAMA_HOST": host, "MODEL_DIR": str(RUN)}
     environment |= {"DATABASE_URL": f"sqlite:///{scratch}/requests.sqlite3"}
-    command = [sys.executable, "-m", "gunicorn", "--config", "python:hatespeech.gunicorn_conf", "--bind", address]
+    command = [
+        sys.executable,
+        "-m",
+        "gunicorn",
+        "--config",
+        "python:hatespeech.serving.gunicorn_conf",
+        "--bind",
+        address,
+    ]
     started = time.monotonic()
     options = {"cwd": ROOT, "env": environment, "start_new_session": True}
     with open(f"{scratch}/app.log", "w") as log:
@@ -126,7 +135,7 @@ def in_format(name: str, folder: Path) -> Path:
 def sweep(n_texts: int) -> list[dict]:
     """Ollama alone with one and four clients, by format of the weights and by its settings."""
     texts, rows = texts_of("test")[:n_texts], []
-    tokens = tuple(export.read_settings(RUN)["label_tokens"])
+    tokens = tuple(runs.read_settings(RUN)["label_tokens"])
     tries = [(name, {}) for name in ("F16", "BF16", "Q8_0")]
     tries += [("F16", {"OLLAMA_NUM_PARALLEL": "4"}), ("F16", {"OLLAMA_FLASH_ATTENTION": "1"})]
     for name, environment in tries:
@@ -149,8 +158,8 @@ def texts_of(name: str) -> list[str]:
 
 
 def measure(n_texts: int) -> dict:
-    model, texts, unseen = ollama.model_name(RUN), texts_of("test")[:n_texts], texts_of("train")[:40]
-    tokens = tuple(export.read_settings(RUN)["label_tokens"])
+    model, texts, unseen = runs.model_name(RUN), texts_of("test")[:n_texts], texts_of("train")[:40]
+    tokens = tuple(runs.read_settings(RUN)["label_tokens"])
     with tempfile.TemporaryDirectory() as scratch, ollama.private_server(Path(scratch)) as host:
         ollama.create(host, model, RUN)
         direct = ollama.Ollama(host, model, tokens, timeout_s=60)
@@ -212,7 +221,7 @@ def main() -> None:
         result["settings"] = sweep(80)
         path = ROOT / "results" / "benchmarks" / "serving.json"
         path.parent.mkdir(exist_ok=True)
-        export.write_json(path, result)
+        runs.write_json(path, result)
         print(f"stored in {path.relative_to(ROOT)}")
 
 

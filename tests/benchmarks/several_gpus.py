@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch
 
-from hatespeech import averaging, data, export, recording, tuning
+from hatespeech import runs, tokens
+from hatespeech.training import averaging, data, recording, tuning
 from tests.benchmarks.training import ALPHA, BASE, LEARNING_RATE, RANK, ROOT, load_rows
 
 STEPS = 40
@@ -27,7 +28,7 @@ def worker(base: str, output: Path, speed: bool, batch_size: int) -> None:
     """One process of torchrun: train, and write the adapter and the speed, from process 0."""
     with tuning.processes() as rank:
         tuning.check_base(base)
-        tokenizer = tuning.load_tokenizer(base)
+        tokenizer = tokens.load_tokenizer(base)
         rows = load_rows(tokenizer)
         classifier = tuning.load(base, tokenizer, rank=RANK, alpha=ALPHA, seed=0)
         prompts, goals = tokenizer(rows["prompt"].tolist()).input_ids, data.targets(rows, 0.5)
@@ -45,7 +46,7 @@ def worker(base: str, output: Path, speed: bool, batch_size: int) -> None:
         if rank == 0:
             state = {name: weight.cpu() for name, weight in averaging.state(classifier.model).items()}
             torch.save(state, output / "adapter.pt")
-            export.write_json(output / "found.json", found | {"peak_memory_gb": done["peak_memory_gb"]})
+            runs.write_json(output / "found.json", found | {"peak_memory_gb": done["peak_memory_gb"]})
 
 
 def run(base: str, processes: int, speed: bool, batch_size: int) -> tuple[dict, dict]:
@@ -87,12 +88,12 @@ def main() -> None:
         print(json.dumps(result, indent=2), flush=True)
         if arguments.quick:
             return
-        export.write_json(path, result)
+        runs.write_json(path, result)
         subprocess.run([*make, "--quick", "--make", "Mistral-7B", f"{made}/7b"], cwd=ROOT, check=True)
         (one, _), (two, _) = (run(f"{made}/7b", n, True, batch_size) for n in (1, 2))
         result["Mistral-7B shape"] = {"one": one, "two": two, "speed_up": two["rows_per_s"] / one["rows_per_s"]}
         print(json.dumps(result, indent=2))
-        export.write_json(path, result)
+        runs.write_json(path, result)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,8 @@ import numpy as np
 import pandas as pd
 
 import train
-from hatespeech import data, export, packing, recording, task, tuning
+from hatespeech import packing, runs, task, tokens
+from hatespeech.training import data, recording, tuning
 
 ROOT = Path(train.__file__).parent
 BASE = ROOT / ".cache" / "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -84,7 +85,7 @@ def make_base(workload: str, tokenizer_source: str, folder: Path) -> None:
     import torch
     import transformers
 
-    tokenizer = tuning.load_tokenizer(tokenizer_source)
+    tokenizer = tokens.load_tokenizer(tokenizer_source)
     model = random_model(workload, tokenizer, torch.bfloat16)
     with tempfile.TemporaryDirectory() as whole:
         if torch.cuda.is_available():
@@ -197,10 +198,10 @@ def with_sft_trainer(base: Path, rows: pd.DataFrame, seconds: float, *, unsloth:
 
 
 def with_ours(base: Path, rows: pd.DataFrame, seconds: float, *, share: bool = True, small_card: bool = False) -> dict:
-    """hatespeech.tuning, as `python -m train` calls it. small_card: all but 22 GB of the GPU's memory are taken."""
+    """tuning.py, as `python -m train` calls it. small_card: all but 22 GB of the GPU's memory are taken."""
     import torch
 
-    tokenizer = tuning.load_tokenizer(str(base))
+    tokenizer = tokens.load_tokenizer(str(base))
     cuda, taken_gb, ballast = torch.cuda.is_available(), 0.0, None
     if small_card:
         ballast = torch.empty(torch.cuda.mem_get_info()[0] - int(SMALL_CARD_GB * 1e9), dtype=torch.uint8, device="cuda")
@@ -287,11 +288,11 @@ def one(recipe: str, workload: str, base: Path, seconds: float) -> dict:
     """This process's one measurement."""
     if not recipe.startswith("TRL"):
         tuning.check_base(str(base))  # unsloth before transformers, which it patches
-    rows = load_rows(tuning.load_tokenizer(str(base)))
+    rows = load_rows(tokens.load_tokenizer(str(base)))
     measured = RECIPES[recipe](base, rows, seconds)
-    tokens = measured["rows_per_s"] * float(rows["tokens"].mean())
+    tokens_per_s = measured["rows_per_s"] * float(rows["tokens"].mean())
     measured["tflops"] = 4 * linear_weights(workload) * measured.pop("useful_tokens_per_s") / 1e12
-    return {"workload": workload, "recipe": recipe, "tokens_per_s": tokens} | measured
+    return {"workload": workload, "recipe": recipe, "tokens_per_s": tokens_per_s} | measured
 
 
 def in_own_process(arguments: list[str]) -> dict:
@@ -352,7 +353,7 @@ def main() -> None:
                     row["matmul_share"] = row["tflops"] / result["matmul_tflops"]
                 result["rows"].append({name: _rounded(value) for name, value in row.items()})
                 if not arguments.quick:
-                    export.write_json(ROOT / "results" / "benchmarks" / "training.json", result)
+                    runs.write_json(ROOT / "results" / "benchmarks" / "training.json", result)
     table = pd.DataFrame(result["rows"]).drop(columns="profile", errors="ignore").replace({np.nan: None})
     print(table.to_string(index=False, float_format="{:.3g}".format))
     failed = [row["recipe"] for row in result["rows"] if "error" in row]

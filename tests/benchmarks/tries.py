@@ -18,7 +18,8 @@ import numpy as np
 import pandas as pd
 
 import train
-from hatespeech import UserError, averaging, calibration, data, evaluation, export, recording, task, tuning
+from hatespeech import UserError, calibration, runs, task, tokens
+from hatespeech.training import averaging, data, evaluation, recording, tuning
 
 ROOT = Path(train.__file__).parent
 BASE = ROOT / ".cache" / "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -42,7 +43,7 @@ TRIES = [
 
 
 def load(source: str, tokenizer) -> pd.DataFrame:
-    return data.comments(data.read(source), lambda texts: [len(ids) for ids in tuning.encode(tokenizer, texts)]).frame
+    return data.comments(data.read(source), lambda texts: [len(ids) for ids in tokens.encode(tokenizer, texts)]).frame
 
 
 class Rows:
@@ -82,7 +83,7 @@ def measure(
     if share < 1:
         kept = np.random.default_rng(0).random(len(frame)) < np.where(np.arange(len(frame)) < len(rows.train), share, 1)
         frame, weights = frame[kept], weights[kept]
-    prompts = tuning.encode(tokenizer, frame["text"].tolist())
+    prompts = tokens.encode(tokenizer, frame["text"].tolist())
     goals, states = data.targets(frame, learning.score_error) * weights[:, None], []
     for order in range(members):
         classifier = tuning.load(base, tokenizer, rank=learning.rank, alpha=learning.alpha, seed=learning.seed)
@@ -99,7 +100,7 @@ def measure(
     averaging.restore(classifier.model, averaging.average(states)[0])
 
     def predict(texts: pd.Series) -> np.ndarray:
-        return tuning.label_probabilities(classifier, tuning.encode(tokenizer, texts.tolist()))
+        return tuning.label_probabilities(classifier, tokens.encode(tokenizer, texts.tolist()))
 
     probabilities = {"validation": predict(rows.validation["text"])}
     probabilities |= {name: predict(part["text"]) for name, part in rows.also_validation.items()}
@@ -134,7 +135,9 @@ def reached(rows: Rows, probabilities: dict[str, np.ndarray]) -> dict[str, float
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dynahate", type=Path, help="made by python -m hatespeech.data; without, it is left out")
+    parser.add_argument(
+        "--dynahate", type=Path, help="made by python -m hatespeech.training.data; without, it is left out"
+    )
     parser.add_argument("--quick", action="store_true", help="few rows, one short try: whether it runs at all")
     parser.add_argument("--base", default=str(BASE), help="a hub id, directory or .gguf file")
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "smollm2-135m")
@@ -144,7 +147,7 @@ def main() -> None:
     arguments = parser.parse_args()
     evaluation.N_BOOTSTRAP = 10  # intervals are not kept: the seeds tell how much is chance
     tuning.check_base(arguments.base)
-    tokenizer = tuning.load_tokenizer(arguments.base)
+    tokenizer = tokens.load_tokenizer(arguments.base)
     rows = Rows(tokenizer, arguments.dynahate, 240 if arguments.quick else None)
     about = {
         "command": "python -m tests.benchmarks.tries --dynahate dynahate.csv",
@@ -156,7 +159,7 @@ def main() -> None:
     }
     k, n = map(int, arguments.share.split("/"))
     arguments.output.mkdir(parents=True, exist_ok=True)
-    export.write_json(arguments.output / "tries.json", about)
+    runs.write_json(arguments.output / "tries.json", about)
     path = arguments.output / ("tries.csv" if n == 1 else f"tries{k}.csv")
     done = pd.read_csv(path, dtype={"changed": str}, keep_default_na=False) if path.exists() else pd.DataFrame()
     changes = json.loads(arguments.tries.read_text()) if arguments.tries else TRIES

@@ -1,0 +1,237 @@
+"""Bulk scoring on a real Ray, with the shipped model: the service's answers, no row lost or twice, whatever dies."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import fsspec
+import numpy as np
+import pandas as pd
+import psutil
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from hatespeech import UserError, tables, task
+from hatespeech.bulk import job as bulk
+from hatespeech.bulk import scoring
+from hatespeech.calibration import Calibration
+from tests.conftest import ROOT, RUN
+from tests.training.test_data import TEST, TRAIN
+
+
+@pytest.fixture(scope="module")
+def ray():
+    """One small Ray for this file's quick tests; its logs say nothing of texts."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    ray = pytest.importorskip("ray")
+    ray.init(num_cpus=2, num_gpus=0, include_dashboard=False, log_to_driver=False, object_store_memory=200_000_000)
+    yield ray
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def rows() -> pd.DataFrame:
+    """Comments with an id each; some come twice, one is empty, one too long, one holds a NUL."""
+    texts = pd.read_parquet(TEST)["text"][:12].tolist()
+    texts += [*texts[:3], 'quoted, "as in CSV"\nand over two lines', "", "word " * 3000, "a\0b"]
+    return pd.DataFrame({"id": [f"{number:03}" for number in range(len(texts))], "text": texts})
+
+
+def written(folder, kind: str) -> pd.DataFrame:
+    read = {".csv": pd.read_csv, ".parquet": pd.read_parquet, ".jsonl": pd.read_json}[kind]
+    options = {".csv": {"dtype": {"id": str}}, ".jsonl": {"lines": True, "dtype": {"id": str}}}.get(kind, {})
+    parts = [read(path, **options) for path in sorted(folder.glob(f"part-*{kind}"))]
+    return pd.concat(parts).sort_values("id", ignore_index=True)
+
+
+@pytest.mark.parametrize("kind", [".parquet", ".csv", ".jsonl"])
+def test_each_kind_of_file_keeps_its_rows_and_gets_answers(ray, rows, run, server, ollama_host, tmp_path, kind):
+    source, output = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    for name, part in {"a": rows[:9], "b": rows[9:]}.items():
+        path = source / f"{name}{kind}"
+        if kind == ".csv":
+            part.to_csv(path, index=False)
+        elif kind == ".parquet":
+            part.to_parquet(path)
+        else:
+            path.write_text("".join(json.dumps(row) + "\n" for row in part.to_dict("records")))
+    options = {"model_dir": str(run), "hosts": [ollama_host], "rows_per_part": 5}
+    state = bulk.run(f"file://{source}", str(output), **options)
+    assert state["finished"]
+    assert sum(state["rows"]) == len(rows)
+    found = written(output, kind)
+    assert found["id"].tolist() == rows["id"].tolist()
+    assert found["text"].fillna("").tolist() == rows["text"].tolist()
+    calibration = Calibration.load(run / "calibration.json")
+    for number, text in enumerate(rows["text"][:15]):
+        expected = calibration.apply(server.classify(text).probabilities)
+        answer = found.loc[number]
+        probabilities = np.array([answer[f"p_{label.lower()}"] for label in task.LABELS], dtype=float)
+        assert np.abs(probabilities - expected).max() < 5e-3  # Ollama's own, from one prompt cache to another
+        assert answer["label"] == task.decide(probabilities)
+        assert answer["score"] == pytest.approx(float(probabilities @ calibration.class_scores), abs=1e-4)
+        assert bool(answer["abstain"]) == (max(probabilities) < calibration.abstain_below)
+        assert not answer["error"] or pd.isna(answer["error"])
+    refused = found[16:]
+    assert refused["label"].isna().all()
+    for error, words in zip(refused["error"], ("there is no text", "too long", "NUL"), strict=True):
+        assert words in error
+    if kind == ".parquet":
+        path = next(output.glob("part-*"))
+        about = json.loads(parquet.read_schema(path).metadata[b"hatespeech"])
+        assert about["calibration"] == calibration.version
+        assert about["weights_sha256"] == calibration.model_sha256
+        assert about["prompt_version"] == task.PROMPT_VERSION
+    before = {path: path.stat().st_mtime_ns for path in output.glob("part-*")}
+    bulk.run(f"file://{source}", str(output), **options)  # finished: nothing is made again
+    assert {path: path.stat().st_mtime_ns for path in output.glob("part-*")} == before
+
+
+def test_equal_texts_meet_in_one_part_and_are_scored_once(monkeypatch, run, tmp_path):
+    (tmp_path / "in.csv").write_text("text\na\nb\na\nc\nb\na\n")
+    table = tables.open_table(str(tmp_path / "in.csv"))
+    (rows,) = table.batches()
+    texts = rows["text"].to_pylist()
+    assert [bulk.buckets([text])[0] for text in texts] == bulk.buckets(texts).tolist()  # wherever they are met
+    asked = []
+
+    def load(run, calibration):
+        return type(
+            "Scorer", (), {"label_probabilities": lambda self, some: asked.extend(some) or np.eye(3)[: len(some)]}
+        )()
+
+    monkeypatch.setattr(scoring, "load", load)
+    monkeypatch.setattr(scoring, "weights_path", lambda run: run / "settings.json")
+    provenance = bulk._provenance(run, ())
+    filesystem = fsspec.filesystem("memory")
+    job = bulk.Job(table, "memory://out", filesystem, str(run), (), n_gpus=0, provenance=provenance, n_parts=1)
+    told = bulk.Score(job)(rows.append_column("part", pyarrow.array([0] * 6)))
+    assert asked == ["a", "b", "c"]
+    assert told.select(["rows", "distinct"]).to_pylist() == [{"rows": 6, "distinct": 3}]
+    lines = filesystem.cat_file(job.path(0)).decode().splitlines()
+    assert [line.partition(",")[0] for line in lines] == ["text", *texts]
+
+
+def test_what_can_not_be_done_is_told_before_it_begins(ray, run, server, ollama_host, tmp_path, monkeypatch):
+    options = {"model_dir": str(run), "hosts": [ollama_host]}
+    with pytest.raises(UserError, match="no such file"):
+        bulk.run(str(tmp_path / "none"), str(tmp_path / "out"), **options)
+    source = tmp_path / "a.csv"
+    source.write_text("id,text,label\n1,x,\n")
+    with pytest.raises(UserError, match="would be added: label"):
+        bulk.run(str(source), str(tmp_path / "out"), **options)
+    source.write_text("id,words\n1,some words\n")
+    with pytest.raises(UserError, match=r"no column text \(there are: id, words\)"):
+        bulk.run(str(source), str(tmp_path / "out"), **options)
+    bulk.run(str(source), str(tmp_path / "out"), text_column="words", **options)
+    was = source.stat()
+    source.write_text("id,words\n1,same words\n")  # as long as it was, and as old
+    os.utime(source, ns=(was.st_atime_ns, was.st_mtime_ns))
+    assert source.stat().st_size == was.st_size
+    with pytest.raises(UserError, match="begun with another input"):
+        bulk.run(str(source), str(tmp_path / "out"), text_column="words", **options)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "letter.txt").write_text("not ours")
+    with pytest.raises(UserError, match="is not empty"):
+        bulk.run(str(source), str(tmp_path / "full"), text_column="words", **options)
+
+
+def test_lines_that_are_no_json_and_half_characters_are_rows_too(ray, run, server, ollama_host, tmp_path):
+    source = tmp_path / "a.jsonl"
+    source.write_text(
+        '{"text": "\\ud800", "n": [1]}\n{"text": 5}\nno json\n{"n": {"m": 2.50}, "text": "good morning"}\n'
+    )
+    bulk.run(str(source), str(tmp_path / "out"), model_dir=str(run), hosts=[ollama_host])
+    (part,) = (tmp_path / "out").glob("part-*")
+    rows = [json.loads(line) for line in part.read_text().splitlines()]
+    assert len(rows) == 4
+    good = [row for row in rows if not row["error"]]
+    assert [(row["text"], row.get("n")) for row in good] == [(5, None), ("good morning", {"m": 2.5})]
+    assert {"line": "no json"}.items() <= next(row for row in rows if "line" in row).items()
+
+
+def test_what_a_worker_fails_of_is_told(ray, run, stand_in, tmp_path):
+    """A host that answers nonsense once the run has begun."""
+    source = tmp_path / "a.csv"
+    source.write_text("text\nsome text\n")
+    with pytest.raises(UserError, match=r"Ollama's answer holds no label probabilities.*goes on"):
+        bulk.run(str(source), str(tmp_path / "out"), model_dir=str(RUN), hosts=[stand_in.host])
+
+
+@pytest.mark.slow
+def test_a_thousand_texts_get_the_services_answers(run, server):
+    texts = pd.concat([pd.read_parquet(TEST), pd.read_parquet(TRAIN)])["text"].drop_duplicates()
+    texts = texts[texts.str.len() <= 120][:1000].tolist()  # short, to save time: tests/benchmarks/bulk.py takes any
+    calibration = Calibration.load(run / "calibration.json")
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(server.classify, texts))
+    served = calibration.apply(np.array([answer.probabilities for answer in answers]))
+    scored = calibration.apply(scoring.load(run, calibration).label_probabilities(texts))
+    agree = (served.argmax(axis=1) == scored.argmax(axis=1)).mean()
+    apart = np.abs(served - scored)
+    print(f"labels agree on {agree:.1%} of {len(texts)} texts; probabilities differ by {apart.mean():.4f} on average")
+    assert agree >= 0.995
+    assert apart.mean() < 0.01
+    assert apart.max() < 0.06
+
+
+def command(source, output, run, address: str) -> list[str]:
+    options = ["--model-dir", str(run), "--address", address, "--workers", "2", "--rows-per-part", "8"]
+    return [sys.executable, "-m", "hatespeech.bulk", str(source), str(output), *options]
+
+
+def wait_for(parts: int, output, process) -> None:
+    for _ in range(2400):
+        if len(list(output.glob("part-*"))) >= parts:
+            return
+        assert process.poll() is None, "the run ended before it was killed"
+        time.sleep(0.1)
+    raise AssertionError(f"no {parts} parts came")
+
+
+@pytest.mark.slow
+def test_kill_9_of_the_driver_then_of_a_node_loses_no_row_and_doubles_none(run, tmp_path):
+    """A cluster of two nodes on this machine."""
+    cluster_utils = pytest.importorskip("ray.cluster_utils")
+    node = {"num_cpus": 2, "num_gpus": 0, "object_store_memory": 150_000_000}
+    soon = {"health_check_initial_delay_ms": 500, "health_check_period_ms": 500, "health_check_failure_threshold": 4}
+    head = node | {"include_dashboard": False, "_system_config": soon}
+    cluster = cluster_utils.Cluster(initialize_head=True, head_node_args=head)
+    second = cluster.add_node(**node)
+    cluster.wait_for_nodes()
+    texts = pd.read_parquet(TRAIN)["text"].drop_duplicates()[:84].tolist()
+    rows = pd.DataFrame({"id": range(112), "text": (texts + texts)[:112]})
+    (tmp_path / "in").mkdir()
+    for number in range(4):
+        rows[number::4].to_parquet(tmp_path / "in" / f"{number}.parquet")
+    output, environment = tmp_path / "out", os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    arguments = {"cwd": ROOT, "env": environment, "stderr": subprocess.PIPE, "text": True}
+    try:
+        driver = subprocess.Popen(command(tmp_path / "in", output, run, cluster.address), **arguments)
+        wait_for(2, output, driver)
+        driver.send_signal(signal.SIGKILL)
+        driver.wait()
+        first = {path.name for path in output.glob("part-*")}
+        driver = subprocess.Popen(command(tmp_path / "in", output, run, cluster.address), **arguments)
+        wait_for(len(first) + 1, output, driver)
+        raylet = psutil.Process(second.all_processes["raylet"][0].process.pid)
+        for process in [raylet, *raylet.children(recursive=True)]:
+            process.send_signal(signal.SIGKILL)
+        _, errors = driver.communicate(timeout=400)
+        assert driver.returncode == 0, errors[-2000:]
+    finally:
+        cluster.shutdown()
+    found = written(output, ".parquet")
+    assert found["id"].tolist() == rows["id"].tolist()
+    assert found["label"].isin(task.LABELS).all()
+    assert found.groupby("text")["p_hate"].nunique().max() == 1
+    n_parts = len(list(output.glob("part-*")))
+    print(f"{len(found)} rows once each in {n_parts} parts; {len(first)} when the driver was killed")
+    assert len(first) < n_parts
+    assert not list(output.glob("_[0-9a-f]*"))

@@ -1,0 +1,148 @@
+"""`flask --app app classify`: a file in, the same with columns added out, through the real service."""
+
+import csv
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from hatespeech.serving import files
+from hatespeech.serving.store import Store
+from tests.conftest import ROOT
+from tests.training.test_data import TEST
+
+# Line 2 is fine; then a line break in a field, no text, bytes that are no UTF-8, a field too many, a text too long.
+ROWS = (
+    b'id,text,note\n1,such a day,a\n2,"two\nlines, one text \xf0\x9f\x98\x80",b\n3, ,c\n4,caf\xe9,d\n5,some,text,e\n'
+    + b"6,"
+    + b"long " * 5000
+    + b",f\n"
+)
+
+
+@pytest.fixture
+def classify(client):
+    """classify(source, target, *options): the command's result, on the client's app."""
+
+    def run(source: Path, target: Path, *options: str):
+        return client.application.test_cli_runner().invoke(args=["classify", str(source), str(target), *options])
+
+    return run
+
+
+def read(path: Path) -> list[dict]:
+    with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_row_comes_back_with_its_answer_or_its_fault(classify, client, tmp_path):
+    (tmp_path / "in.csv").write_bytes(ROWS)
+    done = classify(tmp_path / "in.csv", tmp_path / "out.csv")
+    assert done.exit_code == 0, done.output
+    assert "out.csv: 6 rows, 4 of them without a label" in done.stdout
+    faults = [line for line in done.stderr.splitlines() if line.startswith("line ")]
+    assert [fault.split(":")[0] for fault in faults] == ["line 5", "line 6", "line 7", "line 8"]
+    assert "there is no text" in faults[0]
+    assert "not UTF-8 (byte 3)" in faults[1]
+    assert "4 fields, where the header has 3" in faults[2]
+    assert "2048 tokens" in faults[3]
+    rows = read(tmp_path / "out.csv")
+    assert [row["id"] for row in rows] == list("123456")
+    assert rows[1]["text"] == "two\nlines, one text 😀"
+    assert rows[3]["text"].encode("utf-8", "surrogateescape") == b"caf\xe9"
+    asked = client.post("/infer", json={"text": rows[1]["text"]}).get_json()
+    assert rows[1]["label"] == asked["label"]
+    assert float(rows[1]["p_hate"]) == pytest.approx(asked["probabilities"]["Hate"], abs=1e-3)
+    assert rows[1]["abstain"] == str(asked["abstain"])
+    logged = {row.id for row in Store(f"sqlite:///{client.database}").answered()}
+    assert {rows[0]["request_id"], rows[1]["request_id"]} < logged
+    assert sorted(path.name for path in tmp_path.glob("*.csv*")) == ["in.csv", "out.csv"]
+
+
+def test_parquet_keeps_its_types(classify, tmp_path):
+    frame = pd.DataFrame({"n": [1, 2, 3], "comment": ["a day", None, "another"]})
+    frame.to_parquet(tmp_path / "in.parquet")
+    done = classify(tmp_path / "in.parquet", tmp_path / "out.parquet", "--text-column", "comment")
+    assert done.exit_code == 0, done.output
+    out = pd.read_parquet(tmp_path / "out.parquet")
+    assert out[["n", "comment"]].equals(frame)
+    assert out["label"].notna().tolist() == [True, False, True]
+    assert out["p_hate"].dtype == float
+    assert "there is no text" in out["error"][1]
+
+
+def test_what_cannot_be_done_is_said_before_anything_is_asked(classify, tmp_path):
+    source, target = tmp_path / "in.csv", tmp_path / "out.csv"
+    source.write_text("id,comment,label\n1,a,b\n")
+    for options, reason in (
+        ((), "no column text (there are: id, comment, label)"),
+        (("--text-column", "comment"), "has columns that would be added: label. Give those that are added a prefix"),
+    ):
+        done = classify(source, target, *options)
+        assert (done.exit_code, reason in done.output) == (1, True), done.output
+    assert "no such file" in classify(tmp_path / "none.csv", target).output
+    source.write_text("text\na\n")
+    target.write_text("precious")
+    assert "is there already" in classify(source, target).output
+    assert target.read_text() == "precious"
+
+
+def test_a_failing_ollama_stops_it_and_it_goes_on_later(stand_in, make_client, classify, tmp_path):
+    source, target = tmp_path / "in.csv", tmp_path / "out.csv"
+    source.write_text("text\n" + "a text\n" * 3)
+    stand_in.status = 500
+    arguments = ["classify", str(source), str(target)]
+    failed = make_client(stand_in.host).application.test_cli_runner().invoke(args=arguments)
+    assert failed.exit_code == 1
+    assert "rows are kept: the same command goes on" in failed.output
+    assert not target.exists()
+    # That Ollama called its model by another digest: its journal is not gone on from unasked.
+    assert "was begun with another model" in classify(source, target).output
+    Path(f"{target}.progress").unlink()
+    assert classify(source, target).exit_code == 0
+    assert len(read(target)) == 3
+
+
+def test_a_torn_line_of_the_journal_is_done_again(classify, tmp_path):
+    source, target = tmp_path / "in.csv", tmp_path / "out.csv"
+    source.write_text("text\n" + "".join(f"text {i}\n" for i in range(3)))
+    with open(f"{target}.progress", "a+b") as journal:
+        files._append(journal, {"torn": True})
+    assert "was begun with another" in classify(source, target).output
+    Path(f"{target}.progress").write_bytes(b'{"input_sha256": "tor')
+    done = classify(source, target)
+    assert done.exit_code == 0, done.output
+    assert len(read(target)) == 3
+
+
+@pytest.mark.slow
+def test_kill_9_in_mid_run_loses_no_row_and_doubles_none(server, run, ollama_host, tmp_path):
+    source, target = tmp_path / "in.csv", tmp_path / "out.csv"
+    frame = pd.read_parquet(TEST)[:60]
+    frame.to_csv(source, index=False)
+    environment = os.environ | {"MODEL_DIR": str(run), "OLLAMA_HOST": ollama_host}
+    environment["DATABASE_URL"] = f"sqlite:///{tmp_path}/requests.sqlite3"
+    command = [sys.executable, "-m", "flask", "--app", "app", "classify", str(source), str(target)]
+    journal, kills, kept = Path(f"{target}.progress"), 0, 0
+    while not target.exists():
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
+        while process.poll() is None:
+            lines = journal.read_bytes().count(b"\n") if journal.exists() else 0
+            if lines > kept + 12 and kills < 3:
+                kept, kills = lines, kills + 1
+                process.kill()
+            time.sleep(0.01)
+    assert kills == 3
+    rows = read(target)
+    assert [row["comment_id"] for row in rows] == frame["comment_id"].astype(str).tolist()
+    assert all(row["label"] for row in rows)
+    assert len({row["request_id"] for row in rows}) == 60
+    answered = list(Store(environment["DATABASE_URL"]).answered())
+    print(f"60 rows, {kills} kills, {len(answered)} answers in the log")
+    assert {row["request_id"] for row in rows} <= {row.id for row in answered}
+    assert len(answered) <= 60 + 5 * kills  # what was asked when it was killed is asked again
+    assert not journal.exists()

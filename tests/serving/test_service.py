@@ -1,0 +1,294 @@
+"""The promises of the service under load, kills and full disks: a real gunicorn, Ollama, SQLite and PostgreSQL."""
+
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import psutil
+import pytest
+import requests
+
+from hatespeech.serving.service import Busy, Gate
+from hatespeech.serving.store import ANSWERED, Store
+from tests.conftest import ROOT, free_port
+
+
+class App:
+    """The app under gunicorn, as bootstrap.sh starts it."""
+
+    def __init__(self, run: Path, ollama_host: str, database_url: str, **environment: str):
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.environment = os.environ | environment | {
+            "MODEL_DIR": str(run),
+            "OLLAMA_HOST": ollama_host,
+            "DATABASE_URL": database_url,
+        }  # fmt: skip
+
+    def start(self) -> None:
+        arguments = [
+            "-c",
+            "python:hatespeech.serving.gunicorn_conf",
+            "--bind",
+            f"127.0.0.1:{self.port}",
+            "app:create_app()",
+        ]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "gunicorn", *arguments], cwd=ROOT, env=self.environment, start_new_session=True
+        )
+        for _ in range(200):
+            try:
+                requests.get(f"{self.url}/openapi.json", timeout=5)
+                return
+            except requests.ConnectionError:
+                time.sleep(0.05)
+        raise AssertionError("gunicorn does not answer")
+
+    def kill(self) -> None:
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def infer(self, text: str, **more) -> requests.Response:
+        return requests.post(f"{self.url}/infer", data=text.encode(), **({"timeout": 60} | more))
+
+
+@pytest.fixture
+def start(run, ollama_host, server, tmp_path):
+    """start(url, **environment): an App, running; killed afterwards."""
+    apps = []
+
+    def start(url: str = f"sqlite:///{tmp_path}/requests.sqlite3", host: str = ollama_host, **environment: str) -> App:
+        app = App(run, host, url, **environment)
+        apps.append(app)
+        app.start()
+        return app
+
+    yield start
+    for app in apps:
+        if app.process.poll() is None:
+            app.kill()
+
+
+def test_the_gate_lets_in_so_many_queues_so_many_and_refuses_the_rest():
+    gate, release = Gate(places=2, queue=1, timeout_s=5), threading.Event()
+
+    def enter() -> str:
+        try:
+            with gate.place():
+                release.wait(5)
+                return "in"
+        except Busy:
+            return "busy"
+
+    with ThreadPoolExecutor(5) as pool:
+        waiting = [pool.submit(enter) for _ in range(5)]
+        while sum(future.done() for future in waiting) < 2:
+            time.sleep(0.01)
+        assert (gate.inside, gate.waiting) == (2, 1)
+        release.set()
+        assert Counter(future.result() for future in waiting) == {"in": 3, "busy": 2}
+    assert (gate.inside, gate.waiting) == (0, 0)
+
+
+def test_the_gate_gives_up_on_a_place_in_time():
+    gate = Gate(places=1, queue=1, timeout_s=0.1)
+    with gate.place(), pytest.raises(Busy, match=r"within 0\.1 s"), gate.place():
+        pass
+    with gate.place():
+        pass
+
+
+@pytest.mark.slow
+def test_a_request_is_logged_answered_and_corrected_in_either_database(start, database_url):
+    app = start(database_url)
+    answer = app.infer("ünïcode 😀 text", headers={"Accept": "application/json"}).json()
+    assert app.infer("a\0b").status_code == 400
+    assert requests.post(f"{app.url}/feedback", json={"id": answer["id"], "label": "Hate"}).status_code == 204
+    store = Store(database_url)
+    refused, answered = store.latest()
+    assert (answered.id, answered.text, answered.status) == (answer["id"], "ünïcode 😀 text", ANSWERED)
+    assert answered.p_hate == pytest.approx(answer["probabilities"]["Hate"])
+    assert (refused.status, refused.text) == ("refused", r"a\x00b")
+    assert [said.label for _, said in store.newest_feedback()] == ["Hate"]
+
+
+@pytest.mark.slow
+def test_several_processes_share_one_database(start, database_url):
+    apps = [start(database_url) for _ in range(2)]
+    with ThreadPoolExecutor(8) as pool:
+        responses = list(pool.map(lambda i: apps[i % 2].infer(f"text {i}"), range(24)))
+    assert {response.status_code for response in responses} == {200}
+    assert {row.id for row in Store(database_url).latest(100)} == {r.headers["X-Answer-Id"] for r in responses}
+
+
+def test_a_database_from_first_light_opens_and_keeps_its_rows(tmp_path):
+    path = tmp_path / "old.sqlite3"
+    connection = sqlite3.connect(path)
+    connection.execute(
+        "CREATE TABLE requests (id VARCHAR NOT NULL PRIMARY KEY, received_at DATETIME NOT NULL, finished_at DATETIME, "
+        "status VARCHAR NOT NULL, http_status INTEGER, text VARCHAR, text_sha256 VARCHAR, label VARCHAR, p_hate FLOAT, "
+        "p_neutral FLOAT, p_supportive FLOAT, duration_ms FLOAT, error VARCHAR, model VARCHAR NOT NULL, "
+        "model_digest VARCHAR, prompt_version VARCHAR NOT NULL, calibration VARCHAR)"
+    )
+    row = ("old", "2026-11-24 20:00:00", "answered", "a text", "Hate", "m", "p")
+    connection.execute(
+        "INSERT INTO requests (id, received_at, status, text, label, model, prompt_version) VALUES (?,?,?,?,?,?,?)", row
+    )
+    connection.commit()
+    for _ in range(2):  # migrated once, then as it is
+        store = Store(f"sqlite:///{path}")
+        (old,) = store.latest()
+        assert (old.id, old.text, old.label, old.score) == ("old", "a text", "Hate", None)
+    store.add_feedback("old", "Neutral", None, None, None)
+    new = store.received(b"new", "m")
+    assert {row.id for row in store.latest()} == {"old", new}
+
+
+@pytest.mark.slow
+def test_kill_9_of_the_app_20_times_loses_no_acknowledged_request(start, tmp_path):
+    app, acknowledged, lock = start(), [], threading.Lock()
+    stop = threading.Event()
+
+    def client() -> None:
+        while not stop.is_set():
+            try:
+                response = app.infer("some text")
+            except requests.RequestException:
+                time.sleep(0.02)
+                continue
+            if response.status_code == 200:
+                with lock:
+                    acknowledged.append((response.headers["X-Answer-Id"], response.text))
+
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(8):
+            pool.submit(client)
+        for kill in range(20):
+            seen = len(acknowledged)
+            while len(acknowledged) < seen + 3:
+                time.sleep(0.02)
+            app.kill()
+            if kill < 19:
+                app.start()
+        stop.set()
+    store = Store(f"sqlite:///{tmp_path}/requests.sqlite3")  # as the next start does, it marks what was interrupted
+    rows = {row.id: row for row in store.latest(1_000_000)}
+    assert all(rows[id].status == ANSWERED and rows[id].label == label for id, label in acknowledged)
+    statuses = Counter(row.status for row in rows.values())
+    assert statuses["received"] == 0
+    assert statuses["interrupted"] > 0
+    print(f"\n20 kills: {len(acknowledged)} acknowledged, 0 lost; rows: {dict(statuses)}")
+
+
+@pytest.mark.slow
+def test_kill_9_of_ollama_is_503_and_heals_without_a_restart(start, run, tmp_path):
+    host = f"127.0.0.1:{free_port()}"
+    environment = os.environ | {"OLLAMA_HOST": host, "OLLAMA_MODELS": str(tmp_path / "models")}
+    quiet = {"env": environment, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    ollama = subprocess.Popen(["ollama", "serve"], **quiet)
+    create = ["ollama", "create", "hatespeech-smollm2-135m", "-f", str(run / "Modelfile")]
+    while subprocess.run(create, **quiet).returncode:
+        time.sleep(0.2)
+    app = start(host=host, OLLAMA_TIMEOUT_S="10")
+    assert app.infer("some text").status_code == 200
+
+    def kill() -> None:
+        for process in [*psutil.Process(ollama.pid).children(recursive=True), psutil.Process(ollama.pid)]:
+            process.kill()
+        ollama.wait()
+
+    with ThreadPoolExecutor(4) as pool:
+        # Long, and none begins as another: still at Ollama when it dies.
+        pending = [pool.submit(app.infer, f"{word} text " * 600) for word in ("some", "more", "such", "that")]
+        time.sleep(0.3)
+        started = time.monotonic()
+        kill()
+        statuses = Counter(future.result().status_code for future in pending)
+    assert time.monotonic() - started < 15
+    assert set(statuses) <= {200, 503}
+    assert statuses[503] > 0
+    assert app.infer("some text").status_code == 503
+    assert requests.get(f"{app.url}/healthcheck").status_code == 503
+
+    ollama = subprocess.Popen(["ollama", "serve"], **quiet)
+    deadline = time.monotonic() + 30
+    while requests.get(f"{app.url}/healthcheck").status_code != 200 and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert app.infer("some text").status_code == 200
+    kill()
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_503_and_nothing_is_answered_unlogged(start, tmp_path):
+    """SQLite's own limit on pages stands in for the disk's: the same SQLITE_FULL."""
+    app = start()
+    assert app.infer("some text").status_code == 200
+    stored = sqlite3.connect(tmp_path / "requests.sqlite3").execute("SELECT COUNT(*) FROM requests").fetchone()
+    app.kill()
+    path = tmp_path / "sitecustomize.py"
+    path.write_text(
+        "from sqlalchemy import event\nfrom sqlalchemy.engine import Engine\n"
+        "@event.listens_for(Engine, 'connect')\n"
+        "def full(connection, _):\n    connection.execute('PRAGMA max_page_count=1')\n"
+    )
+    app = start(PYTHONPATH=str(tmp_path))
+    big = app.infer("some text " * 1500)
+    assert big.status_code == 503
+    assert "nothing is answered unlogged" in big.json()["detail"]
+    assert sqlite3.connect(tmp_path / "requests.sqlite3").execute("SELECT COUNT(*) FROM requests").fetchone() == stored
+
+
+@pytest.mark.slow
+def test_200_clients_for_60_s_get_answers_or_503_and_memory_stays_flat(start):
+    app, statuses, reasons, health, stop = start(), Counter(), Counter(), Counter(), threading.Event()
+    workers = psutil.Process(app.process.pid).children()
+
+    def memory_mb() -> float:
+        return sum(worker.memory_info().rss for worker in workers) / 1e6
+
+    def client() -> None:
+        session = requests.Session()
+        while not stop.is_set():
+            try:
+                response = session.post(f"{app.url}/infer", data="some text", timeout=60)
+            except requests.RequestException as error:
+                statuses[type(error).__name__] += 1
+                continue
+            statuses[response.status_code] += 1
+            if response.status_code != 200:
+                reasons[response.json()["detail"]] += 1
+                time.sleep(float(response.headers.get("Retry-After", 1)))
+
+    threads = [threading.Thread(target=client) for _ in range(200)]
+    for thread in threads:
+        thread.start()
+    time.sleep(10)
+    early = memory_mb()
+    for _ in range(25):
+        time.sleep(2)
+        health[requests.get(f"{app.url}/healthcheck", timeout=10).status_code] += 1
+    late = memory_mb()
+    stop.set()
+    for thread in threads:
+        thread.join()
+    print(f"\n200 clients: {dict(statuses)}, health {dict(health)}, {early:.0f} -> {late:.0f} MB, {dict(reasons)}")
+    assert set(statuses) == {200, 503}
+    assert set(health) == {200}
+    assert late < 1.2 * early
+
+
+@pytest.mark.slow
+def test_health_tells_the_model_and_its_calibration(start):
+    app = start()
+    health = requests.get(f"{app.url}/healthcheck", headers={"Accept": "application/json"}).json()
+    assert health["status"] == "OK"
+    assert health["model"]["calibrated"]
+    assert json.dumps(health)
