@@ -20,15 +20,20 @@ usage() {
 Settings, from the environment:
   HOST, PORT           where the service listens; now $HOST:$PORT. Off loopback it demands API keys
   OLLAMA_HOST          the Ollama to use; one is started there if none answers; now $OLLAMA_HOST
+  OLLAMA_HOSTS         several that run already instead, separated by commas
+  OLLAMA_TIMEOUT_S     seconds an answer of Ollama may take before the service says 503; now ${OLLAMA_TIMEOUT_S:-10}
+  OLLAMA_LOAD_TIMEOUT_S  seconds Ollama may take to load the model; now ${OLLAMA_LOAD_TIMEOUT_S:-300}
   MODEL_DIR            the run to serve: a folder that python -m train made; now $MODEL_DIR
   DATABASE_URL         the request log; now $DATABASE_URL
-  OLLAMA_TIMEOUT_S     seconds an answer of Ollama may take before the service says 503; now ${OLLAMA_TIMEOUT_S:-10}
+  UPLOADS_DIR          files given to the page /file; now ${UPLOADS_DIR:-.data/files}
   FLAG_ABOVE           the P(Hate) from which an answer is flagged; now ${FLAG_ABOVE:-as the run was calibrated}
   LOG_TEXT             what the log keeps of a text: full, hash (with a secret in LOG_HASH_KEY) or none; now ${LOG_TEXT:-full}
   MAX_IN_FLIGHT        requests at Ollama at a time; MAX_QUEUE more wait, the rest get 503; now ${MAX_IN_FLIGHT:-4} and ${MAX_QUEUE:-32}
+  MAX_CONTENT_LENGTH   bytes of a request's body, but for uploads; now ${MAX_CONTENT_LENGTH:-1048576}
   TRUSTED_PROXIES      how many proxies stand before the service; it then demands keys of all; now ${TRUSTED_PROXIES:-0}
   TRUSTED_HOSTS        names besides localhost that it answers to without a key; now ${TRUSTED_HOSTS:-none}
-  REQUIRE_API_KEY      set it to demand keys on loopback too
+  REQUIRE_API_KEY      1 to demand keys on loopback too
+  PERSPECTIVE_UNSUPPORTED  what becomes of attributes of Perspective API that have no score here: refuse or omit
   OLLAMA_MODELS        where Ollama keeps its models, if this script starts it; now ${OLLAMA_MODELS:-its own default}
   OLLAMA_DOWNLOAD_URL  the folder with Ollama's release and its sha256sum.txt; now ${OLLAMA_DOWNLOAD_URL:-the official one}
 

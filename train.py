@@ -26,7 +26,7 @@ try:
 except ModuleNotFoundError as error:
     sys.exit(f"train: {error.name} is not installed: conda env create -f environment.yml, or pip install -e '.[train]'")
 
-from hatespeech import UserError, calibration, ollama, runs, tokens
+from hatespeech import UserError, calibration, ollama, runs, tables, tokens
 from hatespeech.training import averaging, checks, data, evaluation, export, recording, reference, tuning
 
 # Mean difference of label probabilities, trained against served: rounding to 16 bit costs some thousandths, bf16 on a
@@ -178,6 +178,9 @@ def check(settings: Settings) -> None:
     for flag, holds, rule in rules:
         if not holds:
             raise UserError(f"--{flag} {rule}")
+    for source in (settings.dataset, settings.test_dataset, settings.annotations, *settings.also):
+        if source and data.is_file(source):
+            tables.open_table(source)
     if settings.quantize != "F16" and not settings.evaluate_only:
         export.quantizer()  # found or built now, not when hours of training are over
 

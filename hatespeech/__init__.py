@@ -1,10 +1,23 @@
-"""What training (train.py) and serving (app.py) share: one module a concern, none imports leftwards.
+"""Hate speech, told from neutral and supportive speech by a language model of your own.
 
-data -> tuning -> calibration -> evaluation -> export -> results/<run>/ -> ollama -> app -> store -> reporting
+Three wings over one ground floor, and no arrow between wings (pyproject.toml has the contract, a test holds it):
+
+    training/   rows of labelled comments -> a run's folder, results/<run>/          python -m train
+    serving/    a run's folder and an Ollama -> an HTTP service, its pages and log   ./bootstrap.sh
+    bulk/       a run's folder and files of texts -> the files with answers          python -m hatespeech.bulk
+
+The ground floor: task.py and normal.py (what is asked of a text), tokens.py and packing.py (prompts as a model takes
+them), calibration.py and answers.py (what follows from probabilities), tables.py (files of rows), runs.py (a run's
+folder), ollama.py and hosts.py (the engine), install.py (a machine that has none of it yet).
 """
+
+import click
 
 __version__ = "0.1.0"
 
 
-class UserError(Exception):
-    """Something the user can mend. Its message says what is wrong, where, and what to do next."""
+class UserError(click.ClickException):
+    """Something the user can mend. Its message says what is wrong, where, and what to do next.
+
+    A command that lets it pass prints the message and exits with 1: click does so for its own kind of error.
+    """

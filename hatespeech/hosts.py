@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from hatespeech.ollama import BadAnswer, Ollama, OllamaError, Prediction, TextTooLong
+from hatespeech.ollama import Ollama, OllamaError, Prediction, TextTooLong
 
 # After a failure a server is asked again only where no other is left, or after so many seconds.
 LEFT_OUT_S = 5.0
@@ -45,6 +45,7 @@ class Hosts:
             try:
                 server.version()
                 server.model_served()
+                server.check_loaded()
                 found[server.url], self._failed_at[number] = "OK", float("-inf")
             except OllamaError as error:
                 found[server.url], self._failed_at[number], last = str(error), time.monotonic(), error
@@ -64,7 +65,7 @@ class Hosts:
                 answer = call(self.servers[number])
                 self._failed_at[number] = float("-inf")
                 return answer
-            except (TextTooLong, BadAnswer):  # the text's fault, or what another server would say as well
+            except TextTooLong:  # the text's fault, which another server would find as well
                 raise
             except OllamaError:
                 self._failed_at[number] = time.monotonic()

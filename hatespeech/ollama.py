@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import requests
 
@@ -32,8 +33,18 @@ class OllamaError(Exception):
     status = 503
 
 
+class TooSlow(OllamaError):
+    """No answer in time."""
+
+
 class TextTooLong(OllamaError):
+    """n_tokens: how long the prompt is, where Ollama tells."""
+
     status = 413
+
+    def __init__(self, n_tokens: int | None = None):
+        super().__init__(f"the text is too long: with the instruction it may take {task.CONTEXT_TOKENS} tokens")
+        self.n_tokens = n_tokens
 
 
 class BadAnswer(OllamaError):
@@ -49,12 +60,15 @@ class Prediction:
 
 
 def base_url(host: str) -> str:
-    """OLLAMA_HOST as Ollama itself understands it (`host`, `host:port`, `:port`, a URL) -> a URL."""
+    """OLLAMA_HOST as Ollama itself understands it (`host`, `host:port`, `:port`, a URL) -> a URL. Else ValueError."""
     scheme, _, rest = host.rpartition("://")
-    name, _, port = rest.rstrip("/").partition(":")
-    name = "127.0.0.1" if name in ("", "0.0.0.0") else name
-    default_port = {"http": "80", "https": "443"}.get(scheme, "11434")
-    return f"{scheme or 'http'}://{name}:{port or default_port}"
+    if scheme not in ("", "http", "https") or re.search(r"[\s@?#\0]", rest):
+        raise ValueError(f"{host!r} is no address of an Ollama, such as 127.0.0.1:11434")
+    location = urlsplit(f"//{rest.rstrip('/')}")
+    name = location.hostname or "127.0.0.1"
+    name = {"0.0.0.0": "127.0.0.1"}.get(name, f"[{name}]" if ":" in name else name)
+    port = location.port or {"http": 80, "https": 443}.get(scheme, 11434)
+    return f"{scheme or 'http'}://{name}:{port}{location.path}"
 
 
 @contextmanager
@@ -119,11 +133,16 @@ def served_once(run: Path, tokens: tuple[str, ...], texts: list[str]) -> list[tu
 class Ollama:
     """One model of one Ollama server.
 
-    timeout_s: for the answer to one call; connecting is given at most 2 s of it. Safe to share between threads.
+    timeout_s: for the answer to one call; connecting is given at most 2 s of it. load_timeout_s: for loading the model,
+    which a text that ran out of its time starts in the background. Safe to share between threads.
     """
 
-    def __init__(self, host: str, model: str, tokens: tuple[str, ...], timeout_s: float = 10.0):
-        self.url, self.model, self.tokens, self.timeout_s = base_url(host), model, tokens, timeout_s
+    def __init__(
+        self, host: str, model: str, tokens: tuple[str, ...], timeout_s: float = 10.0, load_timeout_s: float = 300.0
+    ):
+        self.url, self.model, self.tokens = base_url(host), model, tokens
+        self.timeout_s, self.load_timeout_s = timeout_s, load_timeout_s
+        self._loading: threading.Thread | None = None
         self._session = requests.Session()
         self._session.mount("http://", requests.adapters.HTTPAdapter(pool_maxsize=64))
         self._session.trust_env = False  # a proxy from the environment has no business with these texts
@@ -136,26 +155,28 @@ class Ollama:
 
         Raises OllamaError: not reachable, too slow, model not there; TextTooLong; BadAnswer.
         """
-        answer = self._call(
-            "POST",
-            "/api/chat",
-            {
-                "model": self.model,
-                "messages": [{"role": "user", "content": task.as_read(text)}],
-                "stream": False,
-                "logprobs": True,
-                "top_logprobs": 20,
-                "truncate": False,
-                "keep_alive": -1,
-                "options": {
-                    "num_ctx": task.CONTEXT_TOKENS,
-                    "num_predict": 1,
-                    "temperature": 0,
-                    "repeat_penalty": 1,
-                    "seed": 0,
-                },
+        self.check_loaded()
+        body = {
+            "model": self.model,
+            "messages": [{"role": "user", "content": task.as_read(text)}],
+            "stream": False,
+            "logprobs": True,
+            "top_logprobs": 20,
+            "truncate": False,
+            "keep_alive": -1,
+            "options": {
+                "num_ctx": task.CONTEXT_TOKENS,
+                "num_predict": 1,
+                "temperature": 0,
+                "repeat_penalty": 1,
+                "seed": 0,
             },
-        )
+        }
+        try:
+            answer = self._call("POST", "/api/chat", body)
+        except TooSlow:
+            self._load()
+            raise
         try:
             first = answer["logprobs"][0]
             logprobs = {entry["token"]: float(entry["logprob"]) for entry in reversed(first["top_logprobs"])}
@@ -163,6 +184,23 @@ class Ollama:
             return Prediction(probabilities, int(answer["prompt_eval_count"]))
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise BadAnswer(f"Ollama's answer holds no label probabilities ({error!r})") from error
+
+    def check_loaded(self) -> None:
+        """Raise OllamaError while the model is being loaded: texts would only wait for it."""
+        if self._loading and self._loading.is_alive():
+            raise OllamaError(f"Ollama at {self.url} is slow to answer: the model may still be loading")
+
+    def _load(self) -> None:
+        """Load the model in the background. Ollama gives up on a load when whoever asked for it hangs up, so that one
+        that takes longer than an answer may would never end."""
+        with self._lock:
+            if not (self._loading and self._loading.is_alive()):
+                self._loading = threading.Thread(target=self._load_quietly, daemon=True)
+                self._loading.start()
+
+    def _load_quietly(self) -> None:
+        with suppress(OllamaError):  # who asks next is told
+            self.preload()
 
     def ask(self, text: str) -> tuple[Prediction, str, str]:
         """classify, and model_served of what answered."""
@@ -223,15 +261,17 @@ class Ollama:
             "POST",
             "/api/generate",
             {"model": self.model, "keep_alive": -1, "options": {"num_ctx": task.CONTEXT_TOKENS}},
+            self.load_timeout_s,
         )
 
-    def _call(self, method: str, path: str, body: dict | None = None) -> dict:
+    def _call(self, method: str, path: str, body: dict | None = None, timeout_s: float | None = None) -> dict:
+        timeout_s = timeout_s or self.timeout_s
         try:
             response = self._session.request(
-                method, self.url + path, json=body, timeout=(min(2.0, self.timeout_s), self.timeout_s)
+                method, self.url + path, json=body, timeout=(min(2.0, timeout_s), timeout_s)
             )
         except requests.Timeout as error:
-            raise OllamaError(f"Ollama at {self.url} did not answer within {self.timeout_s:g} s") from error
+            raise TooSlow(f"Ollama at {self.url} did not answer within {timeout_s:g} s") from error
         except requests.RequestException as error:
             raise OllamaError(f"Ollama at {self.url} can't be reached ({type(error).__name__})") from error
         try:
@@ -244,7 +284,8 @@ class Ollama:
             return answer
         reason = str(answer.get("error", ""))
         if response.status_code == 400 and "exceeds" in reason and "context" in reason:
-            raise TextTooLong(f"the text is too long: with the instruction it may take {task.CONTEXT_TOKENS} tokens")
+            counted = re.search(r"n_prompt_tokens\D*(\d+)|request \((\d+) tokens", reason)
+            raise TextTooLong(int(counted[1] or counted[2]) if counted else None)
         # Ollama's own words are for its own log: they may quote the request.
         if response.status_code == 404:
             raise OllamaError(f"Ollama at {self.url} has no model {self.model}: run ./bootstrap.sh")

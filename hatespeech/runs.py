@@ -48,7 +48,12 @@ def run_folder(folder: Path) -> Iterator[Path]:
             print(f"{work} is left from a run that did not finish: its checkpoint stays")
         elif leftovers:
             print(f"{work} is left from a run that did not finish: starting it again")
-        yield work
+        try:
+            yield work
+        except BaseException:
+            if [path.name for path in work.iterdir()] == [".lock"]:  # refused before anything was made
+                shutil.rmtree(work)
+            raise
         for path in work.glob("checkpoint*.pt"):
             path.unlink()
         (work / ".lock").unlink()

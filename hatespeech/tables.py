@@ -41,6 +41,7 @@ KINDS = {".csv": "csv", ".tsv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".
 COMPRESSIONS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
 ROWS_AT_ONCE = 1_000
+csv.field_size_limit(sys.maxsize)  # a cell may be of any size
 # What other programs leave beside their data: hidden files and folders, markers, half-written parts.
 NOT_DATA = (".*", "_*", "__MACOSX", "*~")
 # Longer ones first: UTF-32's mark begins with UTF-16's.
@@ -537,7 +538,6 @@ def _records(lines: Iterator[str], delimiter: str, file: str, line: int) -> Iter
     A record that goes wrong within one line is a row with an error. One that goes wrong after several has likely taken
     in other rows, behind a quote that somebody forgot: UserError.
     """
-    csv.field_size_limit(sys.maxsize)
     taken: list[str] = []  # the lines of the record that is being read
 
     def each_line() -> Iterator[str]:

@@ -74,6 +74,8 @@ def probabilities_from_logprobs(
     """
     if not any(token in logprobs for token in label_tokens):
         raise ValueError(f"none of {', '.join(LABELS)} is among the {len(logprobs)} most likely first tokens")
+    if not all(math.isfinite(value) for value in logprobs.values()):
+        raise ValueError("a log-probability is no finite number")
     floor = min(logprobs.values())
     return softmax([logprobs.get(token, floor) for token in label_tokens])
 

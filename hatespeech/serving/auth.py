@@ -15,6 +15,7 @@ from werkzeug.middleware.proxy_fix import ProxyFix
 from werkzeug.sansio.utils import host_is_trusted
 
 from hatespeech import UserError
+from hatespeech.serving.settings import Settings
 from hatespeech.serving.store import ApiKey, Store
 
 # infer: classify texts and files, and correct the answers. read: figures and logged texts. review: decide on them.
@@ -22,15 +23,16 @@ SCOPES = ("infer", "read", "review")
 OPEN = ()
 # Which scopes let a key in, any of them, by endpoint. A route that is not here is refused at start.
 SCOPES_OF = {
-    "infer": ("infer",),
-    "infer_batch": ("infer",),
-    "analyze": ("infer",),
-    "feedback": ("infer", "review"),
-    "prometheus": ("read",),
-    "report": ("read",),
-    "healthcheck": OPEN,
-    "discovery": OPEN,
-    "specification": OPEN,
+    "api.infer": ("infer",),
+    "api.infer_batch": ("infer",),
+    "perspective.analyze": ("infer",),
+    "perspective.suggest_score": ("infer",),
+    "api.feedback": ("infer", "review"),
+    "api.metrics": ("read",),
+    "api.report": ("read",),
+    "api.healthcheck": OPEN,
+    "perspective.discovery": OPEN,
+    "api.specification": OPEN,
     "pages.static": OPEN,
     "pages.start": ("infer",),
     "pages.answer": ("infer",),
@@ -55,28 +57,22 @@ FORWARDING_HEADER = re.compile(
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 
 
-def register(app: Flask, store: Store) -> None:
-    """Check the settings and every request of the app.
-
-    Settings: HOST, REQUIRE_API_KEY, TRUSTED_HOSTS, TRUSTED_PROXIES. Raises UserError where they leave the service open
-    to others while there is no key, or make no sense.
-    """
-    n_proxies = proxies_of(app.config["TRUSTED_PROXIES"])
+def register(app: Flask, store: Store, settings: Settings) -> None:
+    """Check every request of the app. Raises UserError where it is open to others while there is no key."""
+    n_proxies = settings.trusted_proxies
     if n_proxies:
         app.wsgi_app = ProxyFix(app.wsgi_app, x_for=n_proxies, x_proto=n_proxies, x_host=n_proxies)
-    trusted_hosts = [name.strip().lower() for name in app.config["TRUSTED_HOSTS"].split(",") if name.strip()]
-    app.config["TRUSTED_HOSTS"] = None  # Flask's own check of it would also refuse who has a key
-    keys_demanded = bool(n_proxies or app.config["REQUIRE_API_KEY"] or not is_loopback(app.config["HOST"]))
+    keys_demanded = bool(n_proxies or settings.require_api_key or not is_loopback(settings.host))
     if keys_demanded and not store.api_keys():
         raise UserError(
-            f"HOST={app.config['HOST']} is open to others, and there is no API key yet. "
+            f"HOST={settings.host} is open to others, and there is no API key yet. "
             "Make one: flask --app app keys create NAME --scopes infer,read,review"
         )
 
     @app.before_request
     def admit() -> None:
         scopes = SCOPES_OF.get(request.endpoint, OPEN)
-        strange = not keys_demanded and not is_one_of_our_names(trusted_hosts)
+        strange = not keys_demanded and not is_one_of_our_names(settings.trusted_names)
         # Where no key can matter, on a route that is open to all, the database is not asked for one.
         offered = key_offered() if scopes or strange else ""
         entry = store.key_named(offered) if offered else None
@@ -167,14 +163,3 @@ def is_loopback(host: str) -> bool:
         return host == "localhost" or ip_address(host).is_loopback
     except ValueError:
         return False
-
-
-def proxies_of(setting: str) -> int:
-    """TRUSTED_PROXIES, a number. Raises UserError where it is none."""
-    try:
-        n_proxies = int(setting or 0)
-    except ValueError:
-        n_proxies = -1
-    if not 0 <= n_proxies <= 16:
-        raise UserError(f"TRUSTED_PROXIES is how many proxies stand before the service, 0 to 16, not {setting!r}")
-    return n_proxies

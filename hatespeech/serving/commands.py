@@ -17,13 +17,13 @@ from hatespeech import UserError, answers, runs, tables, task
 from hatespeech.calibration import Calibration
 from hatespeech.ollama import Ollama, OllamaError
 from hatespeech.runs import model_name
-from hatespeech.serving import files
+from hatespeech.serving import files, queries
 from hatespeech.serving.auth import SCOPES
-from hatespeech.serving.service import Service
-from hatespeech.serving.store import Store
+from hatespeech.serving.parts import Parts
 
 
-def register(app: Flask, store: Store, service: Service) -> None:
+def register(app: Flask, parts: Parts) -> None:
+    store, service = parts.store, parts.service
     keys = AppGroup("keys", help="Who may use the service from elsewhere.")
     feedback = AppGroup("feedback", help="What people said of answers.")
 
@@ -112,8 +112,7 @@ def register(app: Flask, store: Store, service: Service) -> None:
         changes, n_texts = Counter(), 0
         try:
             tokens = tuple(runs.read_settings(model_dir)["label_tokens"])
-            timeout_s = float(app.config["OLLAMA_TIMEOUT_S"])
-            other = Ollama(app.config["OLLAMA_HOST"], model_name(model_dir), tokens, timeout_s)
+            other = Ollama(parts.settings.hosts[0], model_name(model_dir), tokens, parts.settings.ollama_timeout_s)
             calibration, why_not = Calibration.for_weights(Calibration.of_run(model_dir), other.weights_sha256())
             if why_not:
                 click.echo(f"uncalibrated: {why_not}", err=True)
@@ -133,10 +132,11 @@ def register(app: Flask, store: Store, service: Service) -> None:
     @click.option("--older-than", required=True, metavar="AGE", help="E.g. 30d, 12h.")
     def purge(older_than: str) -> None:
         """Delete old requests, with the feedback on them."""
-        found = re.fullmatch(r"(\d+)([dh])", older_than)
+        found = re.fullmatch(r"(\d{1,5})([dh])", older_than)
         if not found:
             raise click.ClickException(f"an age is a number of days or hours, 30d or 12h, not {older_than}")
         age = timedelta(**{{"d": "days", "h": "hours"}[found[2]]: int(found[1])})
+        queries.roll_up(store)  # the counts by hour stay
         click.echo(f"{store.purge(age)} requests deleted")
 
     app.cli.add_command(keys)

@@ -73,6 +73,18 @@ def journal_of(target: Path) -> Path:
     return target.with_name(target.name + ".progress")
 
 
+def is_running(target: Path) -> bool:
+    """Whether any process is writing target now: it holds a lock on the journal."""
+    try:
+        with open(journal_of(target), "rb") as journal:
+            fcntl.flock(journal, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
 def n_done(target: Path) -> int:
     """How many rows the journal of an unfinished target holds."""
     journal = journal_of(target)
@@ -104,7 +116,7 @@ def _answer(service: Service, text: str | None, error: str) -> dict:
         if status >= 500:
             raise
         return answers.error_columns(reason)
-    return answers.as_columns(answer, answer.id)
+    return answers.as_columns(answer, answer.request_id)
 
 
 def _write(table: Table, target: Path, journal, prefix: str) -> list[str]:

@@ -6,19 +6,19 @@ without scripts; there is no inline script or style.
 
 import csv
 import io
-from collections.abc import Callable, Iterator
-from datetime import UTC, datetime, timedelta
+from collections.abc import Iterator
+from datetime import UTC, datetime
 from urllib.parse import urlencode
 
-from flask import Blueprint, Flask, Response, g, redirect, render_template, request, stream_with_context, url_for
+from flask import Blueprint, Response, g, redirect, render_template, request, stream_with_context, url_for
 from werkzeug.exceptions import BadRequest, NotFound
 
 from hatespeech import tables, task
 from hatespeech.serving import queries, reporting
-from hatespeech.serving.queries import Filter, Span
-from hatespeech.serving.service import Answer, Service
-from hatespeech.serving.store import Store
-from hatespeech.serving.uploads import READING, Uploads
+from hatespeech.serving.api import classified
+from hatespeech.serving.parameters import filter_arguments, filter_of, span_of
+from hatespeech.serving.parts import parts
+from hatespeech.serving.uploads import READING
 
 CONTENT_SECURITY_POLICY = (
     "default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self'; form-action 'self'; base-uri 'none'; "
@@ -29,174 +29,147 @@ MAX_UPLOAD_BYTES = 256 * 1024 * 1024
 SCALE = (-4.0, 3.0)
 
 
-def register(
-    app: Flask,
-    service: Service,
-    store: Store,
-    uploads: Uploads,
-    reference: dict | None,
-    classified: Callable[[bytes], Answer],
-) -> None:
-    """Add the pages. classified(body) is the API's own; reference: reporting.load_reference's."""
-    pages = Blueprint("pages", __name__, template_folder="templates", static_folder="static", static_url_path="/static")
-
-    @pages.app_context_processor
-    def about() -> dict:
-        return {"model": service.ollama.model, "prompt_version": task.PROMPT_VERSION, "log_text": store.log_text}
-
-    @pages.get("/")
-    def start() -> str:
-        return page(kept=request.args.get("kept", ""))
-
-    @pages.post("/")
-    def answer() -> str:
-        text = request.form.get("text", "")
-        found = classified(text.encode("utf-8", "surrogatepass"))
-        return page(text=text, answer=found, standing=service.standing(found))
-
-    def page(**shown) -> str:
-        """The page to try a text, with an answer and its standing or without."""
-        return render_template("try.html", labels=task.LABELS, position=position, cuts=CUTS, **shown)
-
-    @pages.post("/correct")
-    def correct() -> Response:
-        return redirect(url_for("pages.start", kept=keep_feedback()), 303)
-
-    def keep_feedback() -> str:
-        """The label that the form says, kept; `undone` where it takes one back."""
-        label = request.form.get("label")
-        if label not in (*task.LABELS, "undo"):
-            raise BadRequest(f"a label is {', '.join(task.LABELS)}")
-        said = (None, None, "undone") if label == "undo" else (label, None, None)
-        if not store.add_feedback(request.form.get("id", ""), *said, g.api_key):
-            raise NotFound("no request has this id")
-        return label
-
-    @pages.get("/report")
-    def report() -> str:
-        span = span_of(request.args)
-        found = reporting.report(store, span, reference)
-        return render_template("report.html", report=found, charts=charts(found), span=span, labels=task.LABELS)
-
-    @pages.get("/review")
-    def review() -> str:
-        chosen = filter_of(request.args)
-        after = request.args.get("after", "").partition(",")
-        try:
-            place = (float(after[0]), after[2]) if after[0] else None
-        except ValueError as error:
-            raise BadRequest("after is a confidence and an id") from error
-        found = queries.least_sure(store, chosen, place)
-        shown = {"item": found[0][0], "said": found[0][1]} if found else {"item": None, "said": None}
-        decided = {name: request.args.get(name, "") for name in ("last", "kept")}
-        left = queries.count(store, chosen)
-        query = urlencode(filter_arguments())
-        return render_template("review.html", labels=task.LABELS, left=left, query=query, **decided, **shown)
-
-    @pages.post("/review")
-    def decide() -> Response:
-        label, request_id = keep_feedback(), request.form["id"]
-        told = {} if label == "undo" else {"last": request_id, "kept": label}
-        return redirect(f"{url_for('pages.review')}?{urlencode(filter_arguments() | told)}", 303)
-
-    @pages.get("/review.csv")
-    def export() -> Response:
-        chosen = filter_of(request.args)
-
-        def lines() -> Iterator[str]:
-            for row in ((*queries.EXPORTED, "feedback"), *queries.exported(store, chosen)):
-                line = io.StringIO()
-                csv.writer(line, lineterminator="\n").writerow(row)
-                yield line.getvalue()
-
-        headers = {"Content-Disposition": "attachment; filename=review.csv"}
-        return Response(stream_with_context(lines()), headers=headers, mimetype="text/csv")
-
-    @pages.get("/file")
-    def file() -> str:
-        return render_template("file.html", uploads=uploads.all(g.api_key_id))
-
-    @pages.post("/file")
-    def upload() -> Response:
-        request.max_content_length = MAX_UPLOAD_BYTES
-        sent = request.files.get("file")
-        if not sent or not sent.filename:
-            raise BadRequest("choose a file")
-        return redirect(url_for("pages.one_file", name=uploads.keep(sent, g.api_key_id)), 303)
-
-    @pages.get("/file/<name>")
-    def one_file(name: str) -> str:
-        upload = uploads.state(name, g.api_key_id)
-        return render_template("one_file.html", upload=upload, delimiters=tables.DELIMITERS)
-
-    @pages.get("/file/<name>/state")
-    def file_state(name: str) -> dict:
-        return uploads.state(name, g.api_key_id)
-
-    @pages.post("/file/<name>")
-    def start_file(name: str) -> Response:
-        if request.form.get("action") == "delete":
-            uploads.delete(name, g.api_key_id)
-            return redirect(url_for("pages.file"), 303)
-        reading = {option: request.form.get(option, "") for option in READING}
-        if request.form.get("action") == "read":
-            uploads.read_again(name, reading, g.api_key_id)
-        else:
-            uploads.start(name, request.form.get("column", ""), reading, g.api_key_id)
-        return redirect(url_for("pages.one_file", name=name), 303)
-
-    @pages.get("/file/<name>/download")
-    def download(name: str) -> Response:
-        return uploads.send(name, g.api_key_id)
-
-    app.register_blueprint(pages)
+pages = Blueprint("pages", __name__, template_folder="templates", static_folder="static", static_url_path="/static")
 
 
-FILTERS = ("label", "low", "high", "since", "until", "words", "decided")
+@pages.app_context_processor
+def about() -> dict:
+    known = {"model": parts().service.ollama.model, "prompt_version": task.PROMPT_VERSION}
+    return known | {"log_text": parts().settings.log_text}
 
 
-def span_of(arguments) -> Span:
-    """The report's time range from URL parameters since, until (ISO 8601, UTC) and model; the last 30 days."""
-    now = datetime.now(UTC).replace(tzinfo=None)
-    until = _time(arguments, "until") or now + timedelta(minutes=1)
-    since = _time(arguments, "since") or until - timedelta(days=30)
-    if since >= until:
-        raise BadRequest("since is not before until")
-    return Span(since, until, arguments.get("model", ""))
+@pages.get("/")
+def start() -> str:
+    return page(kept=request.args.get("kept", ""))
 
 
-def filter_arguments() -> dict[str, str]:
-    """Of the request's URL parameters those that filter, to go on with."""
-    return {name: value for name, value in request.args.items() if name in FILTERS and value}
+@pages.post("/")
+def answer() -> str:
+    text = request.form.get("text", "")
+    found = classified(text.encode("utf-8", "surrogatepass"))
+    return page(text=text, answer=found, standing=parts().service.standing(found))
 
 
-def filter_of(arguments) -> Filter:
-    label, decided = arguments.get("label", ""), arguments.get("decided") or "open"
-    if label not in ("", *task.LABELS):
-        raise BadRequest(f"label is one of {', '.join(task.LABELS)}")
-    if decided not in ("open", "done", "all"):
-        raise BadRequest("decided is open, done or all")
+def page(**shown) -> str:
+    """The page to try a text, with an answer and its standing or without."""
+    return render_template("try.html", labels=task.LABELS, position=position, cuts=CUTS, **shown)
+
+
+@pages.post("/correct")
+def correct() -> Response:
+    return redirect(url_for("pages.start", kept=keep_feedback()), 303)
+
+
+def keep_feedback() -> str:
+    """The label that the form says, kept; `undone` where it takes one back."""
+    label = request.form.get("label")
+    if label not in (*task.LABELS, "undo"):
+        raise BadRequest(f"a label is {', '.join(task.LABELS)}")
+    said = (None, None, "undone") if label == "undo" else (label, None, None)
+    if not parts().store.add_feedback(request.form.get("id", ""), *said, g.api_key):
+        raise NotFound("no request has this id")
+    return label
+
+
+@pages.get("/report")
+def report() -> str:
+    span = span_of(request.args)
+    found = reporting.report(parts().store, span, parts().reference)
+    return render_template("report.html", report=found, charts=charts(found), span=span, labels=task.LABELS)
+
+
+@pages.get("/review")
+def review() -> str:
+    chosen = filter_of(request.args)
+    confidence, _, seen = request.args.get("after", "").partition(",")
     try:
-        low, high = (float(arguments[name]) if arguments.get(name) else None for name in ("low", "high"))
+        after = (float(confidence), seen) if confidence else None
     except ValueError as error:
-        raise BadRequest("low and high are scores, numbers") from error
-    if "\0" in arguments.get("words", ""):
-        raise BadRequest("words hold no NUL character")
-    since, until = _time(arguments, "since"), _time(arguments, "until")
-    return Filter(label, low, high, since, until, arguments.get("words", ""), decided)
+        raise BadRequest("after is a confidence and an id") from error
+    found = queries.least_sure(parts().store, chosen, after)
+    shown = {"item": found[0][0], "said": found[0][1]} if found else {"item": None, "said": None}
+    decided = {name: request.args.get(name, "") for name in ("last", "kept")}
+    left = queries.count(parts().store, chosen)
+    query = urlencode(filter_arguments(request.args))
+    return render_template("review.html", labels=task.LABELS, left=left, query=query, **decided, **shown)
 
 
-def _time(arguments, name: str) -> datetime | None:
-    if not arguments.get(name):
-        return None
-    try:
-        found = datetime.fromisoformat(arguments[name])
-        found = found.astimezone(UTC).replace(tzinfo=None) if found.tzinfo else found
-    except (ValueError, OverflowError) as error:
-        raise BadRequest(f"{name} is a date or time as in 2026-11-25 or 2026-11-25T14:00") from error
-    if not 1900 < found.year < 3000:
-        raise BadRequest(f"{name} is a time between the years 1901 and 2999")
-    return found
+@pages.post("/review")
+def decide() -> Response:
+    label, request_id = keep_feedback(), request.form["id"]
+    told = {} if label == "undo" else {"last": request_id, "kept": label}
+    return redirect(f"{url_for('pages.review')}?{urlencode(filter_arguments(request.args) | told)}", 303)
+
+
+@pages.get("/review.csv")
+def export() -> Response:
+    """The review's rows. What a spreadsheet would take for a formula gets an apostrophe before it, unless raw=1."""
+    chosen, raw = filter_of(request.args), request.args.get("raw") == "1"
+    store = parts().store
+
+    def lines() -> Iterator[str]:
+        yield _csv_line((*queries.EXPORTED, "feedback"))
+        for row in queries.exported(store, chosen):
+            yield _csv_line(row if raw else map(_no_formula, row))
+
+    headers = {"Content-Disposition": "attachment; filename=review.csv"}
+    headers["X-Formulas"] = "as they are" if raw else "with an apostrophe before them; raw=1 leaves them as they are"
+    return Response(stream_with_context(lines()), headers=headers, mimetype="text/csv")
+
+
+def _csv_line(row) -> str:
+    line = io.StringIO()
+    csv.writer(line, lineterminator="\r\n").writerow(row)  # this line end has a lone \r quoted, too
+    return line.getvalue()
+
+
+def _no_formula(cell: object) -> object:
+    """https://owasp.org/www-community/attacks/CSV_Injection"""
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else cell
+
+
+@pages.get("/file")
+def file() -> str:
+    return render_template("file.html", uploads=parts().uploads.all(g.api_key_id))
+
+
+@pages.post("/file")
+def upload() -> Response:
+    request.max_content_length = MAX_UPLOAD_BYTES
+    sent = request.files.get("file")
+    if not sent or not sent.filename:
+        raise BadRequest("choose a file")
+    return redirect(url_for("pages.one_file", name=parts().uploads.keep(sent, g.api_key_id)), 303)
+
+
+@pages.get("/file/<name>")
+def one_file(name: str) -> str:
+    state = parts().uploads.state(name, g.api_key_id)
+    return render_template("one_file.html", upload=state, delimiters=tables.DELIMITERS)
+
+
+@pages.get("/file/<name>/state")
+def file_state(name: str) -> dict:
+    return parts().uploads.state(name, g.api_key_id)
+
+
+@pages.post("/file/<name>")
+def start_file(name: str) -> Response:
+    action, uploads = request.form.get("action"), parts().uploads
+    if action == "delete":
+        uploads.delete(name, g.api_key_id)
+        return redirect(url_for("pages.file"), 303)
+    reading = {option: request.form.get(option, "") for option in READING}
+    if action == "read":
+        uploads.read_again(name, reading, g.api_key_id)
+    else:
+        uploads.start(name, request.form.get("column", ""), reading, g.api_key_id)
+    return redirect(url_for("pages.one_file", name=name), 303)
+
+
+@pages.get("/file/<name>/download")
+def download(name: str) -> Response:
+    return parts().uploads.send(name, g.api_key_id)
 
 
 def charts(report: dict) -> list[dict]:
@@ -250,7 +223,7 @@ def position(score: float) -> float:
 CUTS = (("Supportive", task.SUPPORTIVE_BELOW), ("Hate", task.HATE_ABOVE))
 
 
-def error(status: int, reason: str, headers: dict) -> Response:
+def error_response(status: int, reason: str | None, headers: dict) -> Response:
     """An error, as a page says it."""
     if status == 401:
         headers = headers | {"WWW-Authenticate": 'Basic realm="hatespeech: the API key is the password"'}

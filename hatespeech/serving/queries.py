@@ -1,14 +1,18 @@
 """What the report and the review ask of the log. Besides store.py the only module that knows SQL."""
 
+import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 
-from sqlalchemy import Select, case, cast, func, select, text, tuple_
+from sqlalchemy import Select, and_, case, cast, func, insert, or_, select, text, true, tuple_, update
+from sqlalchemy.orm import Session
 from sqlalchemy.types import String
 
 from hatespeech import task
-from hatespeech.serving.store import Feedback, Request, Store, Tally
+from hatespeech.serving import store as log
+from hatespeech.serving.store import Feedback, Request, RolledUp, Store, Tally, tallies_of, tally_rows
 
 # The newest feedback on a request, as a label; of a score alone, its class; null where there is none or it was undone.
 _SAID = case(
@@ -36,19 +40,74 @@ class Span:
     model_digest: str = ""
 
 
-def tallies(store: Store, span: Span, by: str) -> list[tuple[datetime, str, str, str, int]]:
-    """(start, model_digest, measure, bin, n) of each hour or day (by) within the span, which takes in whole hours."""
-    start = Tally.hour if by == "hour" else func.date(Tally.hour)
-    asked = select(start.label("start"), Tally.model_digest, Tally.measure, Tally.bin, func.sum(Tally.n))
-    asked = asked.where(Tally.hour >= span.since.replace(minute=0, second=0, microsecond=0), Tally.hour < span.until)
-    if span.model_digest:
-        asked = asked.where(Tally.model_digest == span.model_digest)
-    asked = asked.group_by("start", Tally.model_digest, Tally.measure, Tally.bin).order_by("start")
+_COUNTED = (
+    *(Request.finished_at, Request.status, Request.model_digest),
+    *(Request.label, Request.abstain, Request.score, Request.duration_ms),
+)
+# An outcome's time is taken a moment before it is committed: an hour is over when no more can come.
+_SETTLED = timedelta(minutes=2)
+
+
+def roll_up(store: Store) -> None:
+    """Count the requests of each hour that is over and not counted yet. Whoever asks for a report does it.
+
+    Two may do it at once: of each hour, one is the first.
+    """
+    until = (log.now() - _SETTLED).replace(minute=0, second=0, microsecond=0)
+    mark = _rolled_up_until(store)
+    if mark >= until:
+        return
+    hour, counts, n_requests = None, Counter(), 0
     with store.reading() as session:
-        return [(datetime.fromisoformat(str(first)), *rest) for first, *rest in session.execute(asked)]
+        asked = select(*_COUNTED).where(Request.finished_at >= mark, Request.finished_at < until)
+        for row in session.execute(asked.order_by(Request.finished_at).execution_options(yield_per=10_000)):
+            keys = tallies_of(*row)
+            if hour is not None and keys[0][0] > hour:
+                if not _store_hour(store, mark, hour + timedelta(hours=1), counts):
+                    return
+                mark, counts = hour + timedelta(hours=1), Counter()
+            hour = keys[0][0]
+            counts.update(keys)
+            n_requests += 1
+            if n_requests % 100_000 == 0:
+                print(f"counting for the report: {n_requests:,} requests, up to {hour}", file=sys.stderr, flush=True)
+    _store_hour(store, mark, until, counts)
 
 
-def _within(span: Span) -> tuple:
+def _rolled_up_until(store: Store) -> datetime:
+    with store.reading() as session:
+        return session.scalar(select(RolledUp.until))
+
+
+def _store_hour(store: Store, mark: datetime, until: datetime, counts: Counter) -> bool:
+    """Keep the counts of the time from mark to until; False where another process was the first."""
+    with Session(store.engine) as session, session.begin():
+        moved = session.execute(update(RolledUp).where(RolledUp.until == mark).values(until=until))
+        if moved.rowcount and counts:
+            session.execute(insert(Tally), tally_rows(counts))
+        return bool(moved.rowcount)
+
+
+def tallies(store: Store, span: Span) -> Counter[tuple[datetime, str, str, str]]:
+    """How many requests of the span, which takes in whole hours, had what in common, by the keys of store.tallies_of.
+
+    Hours that roll_up has counted, and the others' requests as they are now.
+    """
+    since = span.since.replace(minute=0, second=0, microsecond=0)
+    mark = _rolled_up_until(store)  # what was counted up to here stays as it is, whoever goes on counting
+    counted = select(Tally).where(Tally.hour >= since, Tally.hour < min(mark, span.until))
+    live = select(*_COUNTED).where(Request.finished_at >= max(mark, since), Request.finished_at < span.until)
+    if span.model_digest:
+        counted = counted.where(Tally.model_digest == span.model_digest)
+        live = live.where(Request.model_digest == span.model_digest)
+    with store.reading() as session:
+        found = Counter({(t.hour, t.model_digest, t.measure, t.bin): t.n for t in session.scalars(counted)})
+        for row in session.execute(live.execution_options(yield_per=10_000)):
+            found.update(tallies_of(*row))
+    return found
+
+
+def _in_time(span: Span) -> tuple:
     """Conditions on the time. Not on the bare column: SQLite would begin with all rows of the time, by their index."""
     received_at = func.coalesce(Request.received_at, Request.received_at)
     return received_at >= span.since, received_at < span.until
@@ -57,7 +116,7 @@ def _within(span: Span) -> tuple:
 def repeated(store: Store, span: Span, limit: int = 10) -> list[dict]:
     """The texts that came most often, of whichever model: {"id", "n", "label", "text"}, the newest of each."""
     asked = select(Request.text_key, func.count().label("n"), func.max(Request.received_at))
-    asked = asked.where(*_within(span), Request.text_key.is_not(None)).group_by(Request.text_key)
+    asked = asked.where(*_in_time(span), Request.text_key.is_not(None)).group_by(Request.text_key)
     asked = asked.having(func.count() > 1).order_by(func.count().desc(), Request.text_key).limit(limit)
     found = []
     with store.reading() as session:
@@ -72,11 +131,13 @@ def agreement(store: Store, span: Span) -> tuple[int, int]:
     """Of the answers that people said something of: on how many they agree, and how many these are."""
     newest = select(func.max(Feedback.id)).group_by(Feedback.request_id)
     rows = select(Request.label, _SAID.label("said")).select_from(Feedback).join(Request)
-    rows = rows.where(Feedback.id.in_(newest), Request.label.is_not(None), *_within(span))
+    rows = rows.where(Feedback.id.in_(newest), Request.label.is_not(None), *_in_time(span))
     if span.model_digest:
         rows = rows.where(Request.model_digest == span.model_digest)
     rows = rows.subquery()
-    asked = select(func.sum(case((rows.c.label == rows.c.said, 1), else_=0)), func.count(rows.c.said))
+    not_hate = and_(rows.c.said == task.NOT_HATE, rows.c.label != "Hate")
+    agrees = or_(rows.c.label == rows.c.said, not_hate)
+    asked = select(func.sum(case((agrees, 1), else_=0)), func.count(rows.c.said))
     with store.reading() as session:
         agreed, n = session.execute(asked).one()
     return int(agreed or 0), n
@@ -95,7 +156,7 @@ class Filter:
     decided: str = "open"
 
     def apply(self, store: Store, asked: Select) -> Select:
-        asked = asked.where(Request.text.is_not(None), Request.confidence.is_not(None))  # it has one, it was answered
+        asked = asked.where(Request.text.is_not(None), Request.confidence.is_not(None))  # answers alone have one
         if self.label:
             asked = asked.where(Request.label == self.label)
         if self.low is not None:
@@ -144,11 +205,21 @@ def count(store: Store, chosen: Filter, at_most: int = 1000) -> int:
 EXPORTED = ("id", "received_at", "text", "label", "p_hate", "p_neutral", "p_supportive", "score", "confidence")
 
 
-def exported(store: Store, chosen: Filter) -> Iterator[tuple]:
-    """Rows of EXPORTED and `feedback`, the least sure first, read in batches."""
+def exported(store: Store, chosen: Filter, page: int = 1_000) -> Iterator[tuple]:
+    """Rows of EXPORTED and `feedback`, the least sure first.
+
+    Read page by page, each after the last row of the one before: however slow the reader, no connection waits for it.
+    """
     columns = [
         cast(getattr(Request, name), String) if name == "received_at" else getattr(Request, name) for name in EXPORTED
     ]
-    asked = chosen.apply(store, select(*columns, SAID)).order_by(Request.confidence, Request.id)
-    with store.reading() as session:
-        yield from (tuple(row) for row in session.execute(asked.execution_options(yield_per=1000)))
+    asked = chosen.apply(store, select(*columns, SAID)).order_by(Request.confidence, Request.id).limit(page)
+    after = None
+    while True:
+        with store.reading() as session:
+            place = tuple_(Request.confidence, Request.id) > after if after else true()
+            rows = [tuple(row) for row in session.execute(asked.where(place))]
+        yield from rows
+        if len(rows) < page:
+            return
+        after = (rows[-1][EXPORTED.index("confidence")], rows[-1][EXPORTED.index("id")])

@@ -54,8 +54,10 @@ def report(store: Store, span: Span, reference: dict | None) -> dict:
     by = "hour" if span.until - span.since <= timedelta(days=3) else "day"
     steps, days, models = (defaultdict(lambda: defaultdict(Counter)) for _ in range(3))
     total: dict[str, Counter] = defaultdict(Counter)
-    for start, digest, measure, name, n in queries.tallies(store, span, by):
-        for counted in (steps[start], days[start.replace(hour=0)], models[digest], total):
+    queries.roll_up(store)
+    for (hour, digest, measure, name), n in queries.tallies(store, span).items():
+        day = hour.replace(hour=0)
+        for counted in (steps[hour if by == "hour" else day], days[day], models[digest], total):
             counted[measure][name] += n
     agreed, judged = queries.agreement(store, span)
     return {

@@ -8,13 +8,14 @@ from dataclasses import asdict, dataclass
 from http import HTTPStatus
 from pathlib import Path
 
+from sqlalchemy.exc import SQLAlchemyError
 from werkzeug.exceptions import BadRequest, HTTPException
 
 from hatespeech import task
 from hatespeech.answers import Verdict, threshold, verdicts
 from hatespeech.calibration import Calibration
 from hatespeech.hosts import Hosts
-from hatespeech.ollama import OllamaError
+from hatespeech.ollama import OllamaError, Prediction, TextTooLong
 from hatespeech.serving.store import ANSWERED, FAILED, REFUSED, Store
 
 
@@ -26,19 +27,27 @@ class Busy(Exception):
 
 @dataclass(frozen=True)
 class Answer(Verdict):
-    """A verdict, the id of its request in the log, and what model gave it."""
+    """A verdict, the id of its request in the log, and what model gave it.
 
-    id: str
+    cut_to: of how many characters of the text it is, where it was cut.
+    """
+
+    request_id: str
     model: dict
     duration_ms: float
+    cut_to: int | None = None
 
     @property
     def by_label(self) -> dict[str, float]:
         """The probabilities by their labels."""
         return dict(zip(task.LABELS, self.probabilities, strict=True))
 
-    def as_json(self) -> dict:
-        return {"id": self.id} | asdict(self) | {"probabilities": self.by_label}
+    def as_json(self, their_id: object = None) -> dict:
+        """their_id: what whoever asked calls the text, if anything."""
+        answer = asdict(self) | {"probabilities": self.by_label}
+        if answer["cut_to"] is None:
+            del answer["cut_to"]
+        return {"id": self.request_id if their_id is None else their_id} | answer
 
 
 @dataclass(frozen=True)
@@ -110,13 +119,24 @@ class Service:
         self.flag_above = flag_above
         self._stored = Calibration.of_run(run)
 
-    def classify(self, body: bytes, *, route: str, api_key: str | None = None, patient: bool = False) -> Answer:
-        """Log, classify, log, answer. patient: for an item of a batch, which waits where a caller would be sent away.
+    def classify(
+        self,
+        body: bytes,
+        *,
+        route: str,
+        api_key: str | None = None,
+        patient: bool = False,
+        keep_text: bool = True,
+        truncate: bool = False,
+    ) -> Answer:
+        """Log, classify, log, answer.
 
+        patient: for an item of a batch, which waits where a caller would be sent away. keep_text: False where the log
+        is to forget the text. truncate: a text that is too long is cut, where it would be refused.
         Raises BadRequest (no text), Busy, OllamaError, SQLAlchemyError (nothing is answered that can't be logged).
         """
         started = time.perf_counter()
-        request_id = self.store.received(body, self.ollama.model, route=route, api_key=api_key)
+        request_id = self.store.received(body, self.ollama.model, route=route, api_key=api_key, keep_text=keep_text)
 
         def finish(**outcome) -> float:
             duration_ms = round((time.perf_counter() - started) * 1000, 2)
@@ -126,7 +146,7 @@ class Service:
         try:
             text = text_of(body)
             with self.gate.place(patient):
-                prediction, digest, weights_sha256 = self.ollama.ask(text)
+                (prediction, digest, weights_sha256), cut_to = self._ask(text, truncate)
             calibration, _ = Calibration.for_weights(self._stored, weights_sha256)
         except Exception as error:
             status, reason = status_of(error)
@@ -142,8 +162,21 @@ class Service:
             model_digest=digest,
             calibration=calibration and calibration.version,
         )
-        about = {"id": request_id, "model": self._model(digest, calibration), "duration_ms": duration_ms}
-        return Answer(**vars(verdict), **about)
+        model = self._model(digest, calibration)
+        return Answer(**vars(verdict), request_id=request_id, model=model, duration_ms=duration_ms, cut_to=cut_to)
+
+    def _ask(self, text: str, truncate: bool) -> tuple[tuple[Prediction, str, str], int | None]:
+        """Ollama's answer, and to how many characters the text was cut, if it was."""
+        length = len(text)
+        while True:
+            try:
+                return self.ollama.ask(text[:length]), None if length == len(text) else length
+            except TextTooLong as error:
+                if not truncate or length < 2:
+                    raise
+                # By the share that is too much and a little more: how characters become tokens differs within a text.
+                fits = (task.CONTEXT_TOKENS - 64) / error.n_tokens if error.n_tokens else 0.8
+                length = max(1, int(length * min(0.95, fits)))
 
     def standing(self, answer: Answer) -> Standing:
         """Where an answer of this service stands among the thresholds."""
@@ -210,4 +243,6 @@ def status_of(error: Exception) -> tuple[int, str]:
         return error.status, str(error)
     if isinstance(error, Busy):
         return HTTPStatus.SERVICE_UNAVAILABLE, str(error)
+    if isinstance(error, SQLAlchemyError):  # its own words would hold the text
+        return HTTPStatus.SERVICE_UNAVAILABLE, "the request log can't be written, and nothing is answered unlogged"
     return HTTPStatus.INTERNAL_SERVER_ERROR, f"an unexpected {type(error).__name__}; the service's own log has it"

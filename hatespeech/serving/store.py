@@ -10,6 +10,7 @@ import math
 import os
 import secrets
 import socket
+import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
@@ -25,18 +26,21 @@ from sqlalchemy import (
     func,
     insert,
     inspect,
+    literal_column,
     select,
     text,
     update,
 )
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Engine, make_url
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from hatespeech import UserError, task
 
 KEY_LENGTH = 16
 RECEIVED, ANSWERED, REFUSED, FAILED, INTERRUPTED = "received", "answered", "refused", "failed", "interrupted"
+# Rows deleted in one transaction: some ten milliseconds.
+PURGED_AT_ONCE = 2_000
 # Longer than any request can take: what another machine's process has left `received` for so long was interrupted.
 _ABANDONED = timedelta(hours=1)
 
@@ -88,9 +92,9 @@ _FINISH = update(Request.__table__).where(Request.__table__.c.id == bindparam("r
 
 
 class Tally(Base):
-    """How many finished requests of an hour had what in common, so that a report need not read them all.
+    """How many requests that were finished within an hour had what in common, so that a report need not read them all.
 
-    measure and bin: tallies_of's.
+    Counted once the hour is over, by whoever asks for a report first (queries.roll_up). measure and bin: tallies_of's.
     """
 
     __tablename__ = "tallies"
@@ -102,12 +106,20 @@ class Tally(Base):
     n: Mapped[int]
 
 
+class RolledUp(Base):
+    """Up to where tallies are: one row. until: the hour that is not counted yet."""
+
+    __tablename__ = "rolled_up"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    until: Mapped[datetime]
+
+
 SCORE_BINS, LATENCY_BINS = 4, 8  # a unit of the score; a doubling of the milliseconds
 
 
 def tallies_of(
-    *,
-    received_at: datetime,
+    finished_at: datetime,
     status: str,
     model_digest: str | None = None,
     label: str | None = None,
@@ -126,7 +138,7 @@ def tallies_of(
         if duration_ms is not None:
             bins += [("latency", str(math.floor(math.log2(max(duration_ms, 0.01)) * LATENCY_BINS)))]
         bins += [("abstained", "yes")] if abstain else []
-    hour = received_at.replace(minute=0, second=0, microsecond=0)
+    hour = finished_at.replace(minute=0, second=0, microsecond=0)
     return sorted((hour, model_digest or "", measure, name) for measure, name in bins)
 
 
@@ -165,41 +177,55 @@ class Store:
     """The database behind a URL: sqlite:////var/lib/hatespeech/requests.sqlite3, postgresql+psycopg://host/name.
 
     Threads may share it. log_text: full | hash | none, what is kept of a text; hash_key: the HMAC's, for hash.
-    Raises UserError for settings that contradict, SQLAlchemyError where the database can't be opened.
+    engine writes; readers read, and never wait for a writer. Raises UserError where the database can't be opened.
     """
 
     def __init__(self, url: str, log_text: str = "full", hash_key: str = ""):
-        if log_text not in ("full", "hash", "none"):
-            raise UserError(f"LOG_TEXT is full, hash or none, not {log_text!r}")
-        if log_text == "hash" and not hash_key:
-            raise UserError("LOG_TEXT=hash needs a secret in LOG_HASH_KEY, or anyone could guess texts by their hash")
         self.log_text, self.hash_key = log_text, hash_key.encode()
         self.process = _process_name(os.getpid())
-        location = make_url(url)
-        if location.drivername == "postgresql":
-            location = location.set(drivername="postgresql+psycopg")
-        is_sqlite = location.get_backend_name() == "sqlite"
-        tally = (sqlite if is_sqlite else postgresql).insert(Tally.__table__)
-        keys = Tally.__table__.primary_key.columns.keys()
-        self._tally = tally.on_conflict_do_update(index_elements=keys, set_={"n": Tally.n + 1})
-        if is_sqlite and location.database:
-            Path(location.database).parent.mkdir(parents=True, exist_ok=True)
-        # SQLite has one writer at a time; a queue for one connection is fair where its own polling starves threads.
-        sizes = {"pool_size": 1, "max_overflow": 0} if is_sqlite else {"pool_size": 16, "max_overflow": 64}
-        self.engine = create_engine(location, pool_timeout=10, **sizes)
-        if is_sqlite:
-            event.listen(self.engine, "connect", _prepare_sqlite)
-            event.listen(self.engine, "begin", _begin_sqlite)
-        _migrate(self.engine)
+        location = _location(url)
+        if location.get_backend_name() == "sqlite":
+            _make_private(location.database)
+            # SQLite has one writer at a time; a queue for one connection is fair where its own polling starves threads.
+            self.engine = create_engine(location, pool_timeout=10, pool_size=1, max_overflow=0)
+            self.readers = create_engine(location, pool_timeout=10, pool_size=4, max_overflow=4)
+            for engine in (self.engine, self.readers):
+                event.listen(engine, "connect", _prepare_sqlite)
+            event.listen(self.engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
+            event.listen(self.readers, "begin", lambda connection: connection.exec_driver_sql("BEGIN"))
+        else:
+            self.engine = create_engine(location, pool_timeout=10, pool_size=16, max_overflow=64)
+            self.readers = self.engine
+        try:
+            _migrate(self.engine)
+        except SQLAlchemyError as error:
+            # The driver's first line tells what; its others, and SQLAlchemy's own words, may tell the password.
+            reason = str(getattr(error, "orig", None) or type(error).__name__).splitlines()[0]
+            raise UserError(
+                f"DATABASE_URL: {location.render_as_string(hide_password=True)} can't be opened: {reason}"
+            ) from error
         self._mark_interrupted()
 
-    def received(self, body: bytes | None, model: str, *, route: str | None = None, api_key: str | None = None) -> str:
-        """Commit that a request came, and return its id. body: None where it was not read."""
+    def received(
+        self,
+        body: bytes | None,
+        model: str,
+        *,
+        route: str | None = None,
+        api_key: str | None = None,
+        keep_text: bool = True,
+    ) -> str:
+        """Commit that a request came, and return its id. body: None where it was not read.
+
+        keep_text: False where whoever sent it asked that it be forgotten; neither is its hash kept then.
+        """
+        if not keep_text:
+            body = None
         kept = None if body is None or self.log_text != "full" else body.decode("utf-8", "backslashreplace")
         request_id, sha256 = uuid.uuid4().hex, self._hash(body)
         row = {
             "id": request_id,
-            "received_at": _now(),
+            "received_at": now(),
             "status": RECEIVED,
             "route": route,
             "api_key": api_key,
@@ -242,15 +268,10 @@ class Store:
             hate, neutral, supportive = probabilities
             decided |= {"p_hate": hate, "p_neutral": neutral, "p_supportive": supportive}
             decided |= {"score": score, "confidence": max(probabilities), "abstain": abstain}
-        now, known = _now(), {"status": status, "duration_ms": duration_ms, "model_digest": model_digest}
-        outcome = {"http_status": int(http_status), "error": error, "finished_at": now, "calibration": calibration}
+        outcome = {"status": status, "http_status": int(http_status), "error": error, "duration_ms": duration_ms}
+        outcome |= {"finished_at": now(), "model_digest": model_digest, "calibration": calibration}
         with self.engine.begin() as connection:
-            connection.execute(_FINISH, {"request_id": request_id, **known, **outcome, **decided})
-            tallied = {name: decided.get(name) for name in ("label", "score", "abstain")}
-            self._count(connection, tallies_of(received_at=now, **known, **tallied))
-
-    def _count(self, connection, keys: Sequence[tuple[datetime, str, str, str]]) -> None:
-        connection.execute(self._tally, tally_rows(dict.fromkeys(keys, 1)))
+            connection.execute(_FINISH, {"request_id": request_id, **outcome, **decided})
 
     def latest(self, limit: int = 20) -> list[Request]:
         """The newest requests, newest first."""
@@ -271,9 +292,7 @@ class Store:
             if session.get(Request, request_id) is None:
                 return False
             session.add(
-                Feedback(
-                    request_id=request_id, received_at=_now(), label=label, score=score, note=note, api_key=api_key
-                )
+                Feedback(request_id=request_id, received_at=now(), label=label, score=score, note=note, api_key=api_key)
             )
             return True
 
@@ -286,18 +305,29 @@ class Store:
             yield from (tuple(row) for row in session.execute(pairs.order_by(Feedback.id)))
 
     def purge(self, older_than: timedelta) -> int:
-        """Delete requests, and their feedback, that came longer ago; return how many. The counts by hour stay."""
-        old = select(Request.id).where(Request.received_at < _now() - older_than)
-        with self.engine.begin() as connection:
-            connection.execute(delete(Feedback).where(Feedback.request_id.in_(old)))
-            return connection.execute(delete(Request).where(Request.id.in_(old))).rowcount
+        """Delete requests, and their feedback, that came longer ago; return how many.
+
+        In small transactions, between which the service writes. Count the hours first (queries.roll_up): their counts
+        stay.
+        """
+        old = select(Request.id).where(Request.received_at < now() - older_than).limit(PURGED_AT_ONCE)
+        n_deleted = 0
+        while True:
+            with self.engine.begin() as connection:
+                ids = list(connection.scalars(old))
+                connection.execute(delete(Feedback).where(Feedback.request_id.in_(ids)))
+                connection.execute(delete(Request).where(Request.id.in_(ids)))
+            n_deleted += len(ids)
+            if len(ids) < PURGED_AT_ONCE:
+                return n_deleted
+            time.sleep(0.01)  # the service's turn
 
     def create_key(self, name: str, scopes: Sequence[str]) -> str:
         """A new API key, or a new one in an old one's place; kept as its sha256 alone."""
         key = secrets.token_urlsafe(32)
         sha256 = hashlib.sha256(key.encode()).hexdigest()
         with Session(self.engine) as session, session.begin():
-            session.merge(ApiKey(name=name, sha256=sha256, scopes=" ".join(scopes), created_at=_now()))
+            session.merge(ApiKey(name=name, sha256=sha256, scopes=" ".join(scopes), created_at=now()))
         return key
 
     def delete_key(self, name: str) -> bool:
@@ -321,21 +351,28 @@ class Store:
 
     def reading(self) -> Session:
         """A session that takes no write lock, whose rows outlive it."""
-        return Session(self.engine.execution_options(begin="DEFERRED"), expire_on_commit=False)
+        return Session(self.readers, expire_on_commit=False)
 
     def _mark_interrupted(self) -> None:
         """Rows that a dead process left `received` will get no outcome any more."""
         with Session(self.engine) as session, session.begin():
-            for request in session.scalars(select(Request).where(Request.status == RECEIVED)):
-                if _is_dead(request.process) or request.received_at < _now() - _ABANDONED:
-                    request.status, request.finished_at = INTERRUPTED, _now()
-                    keys = tallies_of(received_at=request.received_at, status=INTERRUPTED)
-                    self._count(session.connection(), keys)
+            for request in session.scalars(select(Request).where(Request.status == literal_column("'received'"))):
+                if _is_dead(request.process) or request.received_at < now() - _ABANDONED:
+                    request.status, request.finished_at = INTERRUPTED, now()
 
 
 def _process_name(pid: int) -> str:
-    """host:pid:start. A pid is used again, but not with the same start."""
-    return f"{socket.gethostname()}:{pid}:{psutil.Process(pid).create_time():.2f}"
+    """host:pid:start. A pid is used again, but not with the same start.
+
+    The start is in ticks since the machine started: the clock on the wall may be set. Raises psutil.NoSuchProcess.
+    """
+    try:
+        boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]  # proc_pid_stat(5): starttime
+        start = f"{boot_id}.{ticks}"
+    except OSError:  # no Linux, or no such process
+        start = f"{psutil.Process(pid).create_time():.2f}"
+    return f"{socket.gethostname()}:{pid}:{start}"
 
 
 def _is_dead(name: str | None) -> bool:
@@ -351,7 +388,37 @@ def _is_dead(name: str | None) -> bool:
         return True
 
 
-def _now() -> datetime:
+def _location(url: str):
+    """A database's URL. Raises UserError, without its password, for what is none of SQLite's or PostgreSQL's."""
+    what = "DATABASE_URL is sqlite:////folder/file.sqlite3 or postgresql://user:password@host/name"
+    try:
+        location = make_url(url)
+    except ArgumentError as error:
+        raise UserError(f"DATABASE_URL is no URL of a database. {what}") from error
+    if location.drivername in ("postgres", "postgresql"):  # the first is what hosting services write
+        location = location.set(drivername="postgresql+psycopg")
+    if location.drivername not in ("sqlite", "postgresql+psycopg"):
+        raise UserError(f"DATABASE_URL begins with {location.drivername}. {what}")
+    if location.drivername == "sqlite" and not location.database:
+        raise UserError(f"DATABASE_URL names no file. {what}")
+    return location
+
+
+def _make_private(path: str) -> None:
+    """Make the folder and file of a SQLite database, for their owner alone: it holds what people wrote."""
+    if path == ":memory:":
+        raise UserError("DATABASE_URL: a database in memory loses the log; name a file")
+    try:
+        if not (folder := Path(path).parent).exists():
+            folder.mkdir(parents=True, mode=0o700)
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+        if Path(path).stat().st_uid == os.getuid():
+            os.chmod(path, 0o600)
+    except (OSError, ValueError) as error:
+        raise UserError(f"DATABASE_URL: {path} can't be written: {getattr(error, 'strerror', error)}") from error
+
+
+def now() -> datetime:
     return datetime.now(UTC).replace(tzinfo=None)
 
 
@@ -362,16 +429,13 @@ def _prepare_sqlite(connection, _record) -> None:
         connection.execute(f"PRAGMA {pragma}")
 
 
-def _begin_sqlite(connection) -> None:
-    connection.exec_driver_sql(f"BEGIN {connection.get_execution_options().get('begin', 'IMMEDIATE')}")
-
-
 def migrations(connection):
     """Alembic's configuration for this connection: command.upgrade(migrations(connection), "head")."""
     from alembic.config import Config
 
     config = Config()
-    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+    folder = str(Path(__file__).parent / "migrations")
+    config.set_main_option("script_location", folder.replace("%", "%%"))  # Alembic takes % for a variable
     config.attributes["connection"] = connection
     return config
 
@@ -379,12 +443,15 @@ def migrations(connection):
 def _migrate(engine: Engine) -> None:
     """Bring the schema up to date, in one transaction that one process at a time holds."""
     from alembic import command
+    from alembic.runtime.migration import MigrationContext
 
     with engine.begin() as connection:  # SQLite: IMMEDIATE, the write lock
         if engine.dialect.name == "postgresql":
             connection.execute(text("SELECT pg_advisory_xact_lock(20260101)"))
-        config = migrations(connection)
         tables = inspect(connection).get_table_names()
-        if "requests" in tables and "alembic_version" not in tables:  # made before there were migrations
-            command.stamp(config, "0001")
-        command.upgrade(config, "head")
+        version = MigrationContext.configure(connection).get_current_revision()
+        if ("requests" in tables and version is None) or version in ("0001", "0002"):
+            raise UserError(
+                "DATABASE_URL: this log was made by a version that is no longer read: open it once with commit 18b38e9"
+            )
+        command.upgrade(migrations(connection), "head")

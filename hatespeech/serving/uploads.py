@@ -11,12 +11,13 @@ import json
 import re
 import shutil
 import threading
+import time
 import uuid
 from pathlib import Path
 
 from flask import Response, send_file
 from werkzeug.datastructures import FileStorage
-from werkzeug.exceptions import BadRequest, Conflict, NotFound
+from werkzeug.exceptions import BadRequest, Conflict, Forbidden, NotFound
 
 from hatespeech import UserError, answers, runs, tables
 from hatespeech.ollama import OllamaError
@@ -31,22 +32,25 @@ READING = ("delimiter", "encoding", "prefix")
 
 
 class Uploads:
-    """folder: where they are."""
+    """folder: where they are. keeps_texts: False where the log keeps none (LOG_TEXT): then no file is taken."""
 
-    def __init__(self, folder: Path, service: Service):
-        self.folder, self.service = folder, service
-        self._running: dict[str, threading.Thread] = {}
+    def __init__(self, folder: Path, service: Service, keeps_texts: bool = True):
+        self.folder, self.service, self.keeps_texts = folder, service, keeps_texts
         self._lock = threading.Lock()  # of two starts at once, one runs
 
     def keep(self, sent: FileStorage, reader: str | None) -> str:
         """Keep an uploaded file; returns its name here. BadRequest where its name is no table's."""
         filename = Path(sent.filename).name
+        if not self.keeps_texts:
+            raise Forbidden("LOG_TEXT says that no text is kept here, and a file would be: classify it in the shell")
         if tables.ending_of(filename.lower()) is None:
             raise BadRequest(f"a file to classify is one of {', '.join(tables.KINDS)} (or of these with .gz)")
         name = uuid.uuid4().hex
         # Under a name that is not looked for until all is there, so that nobody sees half of it.
         unfinished = self.folder / f".{name}"
-        unfinished.mkdir(parents=True, mode=0o700)
+        if not self.folder.exists():
+            self.folder.mkdir(parents=True, mode=0o700)
+        unfinished.mkdir(mode=0o700)
         try:
             sent.save(unfinished / f"input{tables.whole_ending(filename.lower())}")
             runs.write_json(unfinished / "about.json", {"filename": filename, "api_key": reader})
@@ -64,7 +68,7 @@ class Uploads:
         unknown = {"column": "text", "rows": None, "wrong": [], "n_wrong": 0, "error": None}
         unknown |= {"delimiter": None, "encoding": None, "prefix": "", "columns": [], "read_as": ""}
         known = unknown | about | {"name": name}
-        known |= {"finished": target.exists(), "running": name in self._running and self._running[name].is_alive()}
+        known |= {"finished": target.exists(), "running": files.is_running(target)}
         known["done"] = known["rows"] if known["finished"] else files.n_done(target)
         if not known["finished"] and not known["running"]:
             known |= _columns(folder, known)
@@ -88,7 +92,7 @@ class Uploads:
         folder, about = self._folder(name, reader)
         target = _target(folder)
         with self._lock:
-            if (name in self._running and self._running[name].is_alive()) or target.exists():
+            if files.is_running(target) or target.exists():
                 raise Conflict("this file is being classified, or was")
             about |= {"column": column, "error": None, **reading}
             try:
@@ -99,11 +103,12 @@ class Uploads:
             runs.write_json(folder / "about.json", about)
             if not files.n_done(target):  # a journal without rows may be of a model that is served no more
                 files.journal_of(target).unlink(missing_ok=True)
-            run = threading.Thread(
-                target=self._run, args=(folder, about, table, target), daemon=True, name=f"file {name}"
-            )
-            self._running[name] = run
-            run.start()
+            about = (folder, about, table, target)
+            threading.Thread(target=self._run, args=about, daemon=True, name=f"file {name}").start()
+            for _ in range(100):  # until its lock tells other requests, and other processes, that it runs
+                if files.is_running(target) or target.exists():
+                    break
+                time.sleep(0.02)
 
     def read_again(self, name: str, reading: dict[str, str], reader: str | None) -> None:
         """Keep how the file is to be read, before a column is chosen."""

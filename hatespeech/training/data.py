@@ -38,7 +38,7 @@ def read(source: str) -> pd.DataFrame:
 
     Raises UserError: no such file or hub data set, hub unreachable, not a table, a required column missing.
     """
-    if "://" in source or tables.ending_of(source) or Path(source).exists():
+    if is_file(source):
         rows = _frame(tables.open_table(source))
     else:
         import datasets
@@ -61,6 +61,11 @@ def read(source: str) -> pd.DataFrame:
     if not {"hate_speech_score", "label", "hateful"} & set(rows.columns):
         raise UserError(f"{source}: no column hate_speech_score, label or hateful {there_are}")
     return rows
+
+
+def is_file(source: str) -> bool:
+    """Whether a source is meant as a file or folder, and not as a hub id."""
+    return "://" in source or tables.ending_of(source) is not None or Path(source).exists()
 
 
 def _frame(table: Table) -> pd.DataFrame:

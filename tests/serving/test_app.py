@@ -1,10 +1,12 @@
 """The service on its real parts: a real Ollama with the shipped model, a real SQLite file."""
 
 import hashlib
+import io
 import json
 import logging
 import re
 import sqlite3
+import stat
 import subprocess
 import sys
 import time
@@ -14,10 +16,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from sqlalchemy.exc import OperationalError
 
 from hatespeech import UserError, task
 from hatespeech.calibration import Calibration
 from hatespeech.serving import openapi
+from hatespeech.serving.parts import MAX_BATCHES
 from hatespeech.serving.store import Store
 from tests.conftest import ROOT, free_port
 from tests.training.test_data import TEST
@@ -64,7 +68,7 @@ def run_with(run: Path, folder: Path, p_hate: float, **changes) -> Path:
     return other
 
 
-@pytest.mark.parametrize("content_type", [None, "application/x-www-form-urlencoded", "application/json", "x/nonsense"])
+@pytest.mark.parametrize("content_type", [None, "application/x-www-form-urlencoded", "application/json", "text/plain"])
 def test_a_text_gets_its_bare_label_whatever_the_content_type(client, content_type):
     response = client.post("/infer", data="I hope you all have a lovely day", content_type=content_type)
     assert (response.status_code, response.text, response.mimetype) == (200, "Supportive", "text/plain")
@@ -126,9 +130,10 @@ def test_json_in_or_accepted_gives_json_out(client, server, run):
     for response in (by_body, by_accept):
         answer = response.get_json()
         assert list(answer) == [
-            *("id", "label", "probabilities", "score", "confidence", "abstain", "flagged", "model", "duration_ms"),
+            *("id", "label", "probabilities", "score", "confidence", "abstain", "flagged"),
+            *("request_id", "model", "duration_ms"),
         ]
-        assert openapi.flaw("Answer", answer) is None
+        assert openapi.schema_error("Answer", answer) is None
         probabilities = [answer["probabilities"][label] for label in task.LABELS]
         assert sum(probabilities) == pytest.approx(1)
         assert answer["label"] == task.decide(probabilities)
@@ -153,8 +158,11 @@ def test_json_in_or_accepted_gives_json_out(client, server, run):
         (b'{"text": "a", "lang": "en"}', "takes text"),
         (b'{"text": "\\ud800"}', "lone surrogate"),
         (b'{"text": "a\\u0000b"}', "NUL"),
-        (b"{broken", 'not {"text": "..."}'),
-        (b"[" * 100_000, 'not {"text": "..."}'),
+        (b"{broken", "the body: its type must be object"),
+        (b"[" * 100_000, "the body: its type must be object"),
+        (b'{"text": "a", "n": NaN}', "the body: its type must be object"),
+        (b'{"inputs": "a"}', "takes text"),
+        (b'["a"]', "the body: its type must be object"),
     ],
 )
 def test_wrong_json_is_explained_and_logged(client, body, reason):
@@ -222,7 +230,7 @@ def test_an_answer_is_flagged_from_the_threshold_in_force_on(
     for answer in (one, json.loads(batch.text)):
         assert answer["probabilities"]["Hate"] == pytest.approx(0.6, abs=0.001)
         assert (answer["label"], answer["flagged"]) == ("Hate", flagged)  # the label is the likeliest all the same
-        assert openapi.flaw("Answer", answer) is None
+        assert openapi.schema_error("Answer", answer) is None
     health = client.get("/healthcheck", headers={"Accept": "application/json"}).get_json()
     assert health["flag_above"] == in_force
 
@@ -230,7 +238,7 @@ def test_an_answer_is_flagged_from_the_threshold_in_force_on(
 @pytest.mark.parametrize("setting", ["0", "1", "1.5", "-0.1", "nan", "inf", "much", " "])
 def test_a_threshold_that_is_no_probability_is_refused_at_start(make_client, monkeypatch, setting):
     monkeypatch.setenv("FLAG_ABOVE", setting)
-    with pytest.raises(UserError, match="FLAG_ABOVE is a probability of Hate, a number above 0 and below 1, not "):
+    with pytest.raises(UserError, match=r"FLAG_ABOVE='.*': input should be .*FLAG_ABOVE is the P\(Hate\) from which"):
         make_client("127.0.0.1:1")
 
 
@@ -250,7 +258,13 @@ def test_feedback_is_kept_with_its_request_and_never_overwritten(client):
         ({"id": "x"}, 400, "needs id and label or score"),
         ({"label": "Hate"}, 400, "needs id"),
         ({"id": "x", "label": "Bad"}, 400, "label: its enum must be"),
-        ({"id": "x", "score": float("inf")}, 400, "score: its maximum must be 20"),
+        ({"id": "x", "score": 21}, 400, "score: its maximum must be 20"),
+        ({"id": "x", "score": float("inf")}, 400, "the body: its type must be object"),
+        ({"id": "x", "score": float("nan")}, 400, "the body: its type must be object"),
+        ({"id": "x", "label": "Hate", "score": float("nan")}, 400, "the body: its type must be object"),
+        ({"id": "x", "label": None, "score": None}, 400, "needs id and label or score"),
+        ({"id": "x", "label": None, "score": 1}, 404, "no request has this id"),
+        ({"id": "x", "label": "Hate", "note": "\ud800"}, 400, "lone surrogate"),
         ({"id": "x", "label": "Hate", "score": -3}, 400, "is Supportive, not Hate"),
         (None, 400, "the body"),
     ],
@@ -427,3 +441,131 @@ def test_it_imports_in_under_a_second_and_without_torch():
     torch_loaded, seconds = zip(*(run.stdout.split() for run in runs), strict=True)
     assert set(torch_loaded) == {"False"}
     print("import app:", min(map(float, seconds)), "s")
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        {"data": {"text": "I hope you all have a lovely day"}},  # a form, as browsers and requests send it
+        {"data": "text=I+hope+you+all+have+a+lovely+day&x=1", "content_type": "application/x-www-form-urlencoded"},
+        {"data": {"text": (io.BytesIO(b"I hope you all have a lovely day"), "a.txt")}},  # curl -F text=@a.txt
+        {"data": '"I hope you all have a lovely day"', "content_type": "application/json"},
+        {"data": b"I hope you all have a lovely day", "content_type": "application/octet-stream"},
+    ],
+)
+def test_a_text_in_an_envelope_is_taken_out_of_it(client, sent):
+    assert client.post("/infer", **sent).status_code == 200
+    assert rows(client)[0]["text"] == "I hope you all have a lovely day"
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [
+        ({"json": {"inputs": "I hope you all have a lovely day"}}, 400),
+        ({"json": ["a", "b"]}, 400),
+        ({"data": {"comment": "I hope so", "x": "1"}}, 415),
+        ({"data": {"file": (io.BytesIO(b"I hope so"), "a.txt")}}, 415),
+        ({"data": "<p>I hope so</p>", "content_type": "text/html"}, 415),
+        ({"data": b"\x89PNG", "content_type": "image/png"}, 415),
+    ],
+)
+def test_an_envelope_gets_no_label(client, sent, status):
+    assert is_problem(client.post("/infer", **sent), status)
+    (row,) = rows(client)
+    assert (row["status"], row["http_status"], row["label"]) == ("refused", status, None)
+
+
+@pytest.mark.parametrize("text", ["a=b", "x=1&y=2", "a text with = and & in it", "50%=half"])
+def test_a_text_that_looks_like_a_form_is_a_text_all_the_same(client, text):
+    assert client.post("/infer", data=text, content_type="application/x-www-form-urlencoded").status_code == 200
+    assert rows(client)[0]["text"] == text
+
+
+def test_a_batchs_lines_are_logged_as_they_came_and_blank_ones_are_none(client):
+    body = b'\xef\xbb\xbf"such a day"\n\n{broken\n{"id": "c1", "text": "thanks"}\r\n{"id": "c2", "txt": 1}\n\n'
+    response = client.post("/infer/batch", data=body, content_type="application/x-ndjson")
+    first, broken, third, fourth = [json.loads(line) for line in response.text.splitlines()]
+    assert (first["label"] in task.LABELS, broken["status"], fourth["status"]) == (True, 400, 400)
+    assert (third["id"], fourth["id"]) == ("c1", "c2")
+    assert first["id"] == first["request_id"]
+    stored = rows(client)
+    assert [row["text"] for row in stored] == ["such a day", "{broken", "thanks", '{"id": "c2", "txt": 1}']
+    assert third["request_id"] == stored[2]["id"]
+
+
+def test_a_batch_too_many_is_sent_away_and_a_finished_one_makes_room(client):
+    for _ in range(MAX_BATCHES + 2):  # one after the other
+        with client.post("/infer/batch", json=["a text"]) as response:
+            assert response.status_code == 200
+    batches = client.application.extensions["hatespeech"].batches
+    while batches.acquire(blocking=False):  # as if so many were being answered
+        pass
+    refused = client.post("/infer/batch", json=["a text"])
+    assert is_problem(refused, 503)
+    assert refused.headers["Retry-After"] == "1"
+    assert client.get("/healthcheck").status_code == 200
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "word " * 3000,
+        "\u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35" * 700,
+        "".join(chr(0x1F600 + number % 60) for number in range(1500)),
+    ],
+)
+def test_a_text_that_is_too_long_is_cut_where_its_sender_wants_it(client, text):
+    assert client.post("/infer", json={"text": text}).status_code == 413
+    cut = client.post("/infer?truncate=true", json={"text": text})
+    assert cut.status_code == 200
+    n = cut.get_json()["cut_to"]
+    assert 0 < n < len(text)
+    assert cut.headers["X-Truncated-To"] == str(n)
+    assert rows(client)[1]["text"] == text  # the log has it as it came
+    alone = client.post("/infer", json={"text": text[:n]}).get_json()["probabilities"]
+    assert cut.get_json()["probabilities"] == pytest.approx(alone, abs=0.02)
+    assert client.post("/infer", json={"text": text[: int(n * 1.25)]}).status_code == 413  # not much more would fit
+    short = client.post("/infer?truncate=true", json={"text": "a short text"})
+    assert "cut_to" not in short.get_json()
+    assert "X-Truncated-To" not in short.headers
+
+
+def test_the_log_and_the_files_are_for_their_owner_alone(make_client, tmp_path):
+    client = make_client("127.0.0.1:1", UPLOADS_DIR=str(tmp_path / "new" / "files"))
+    assert stat.S_IMODE(Path(client.database).stat().st_mode) == 0o600
+    client.post("/file", data={"file": (io.BytesIO(b"text\na\n"), "a.csv")})
+    assert stat.S_IMODE((tmp_path / "new" / "files").stat().st_mode) == 0o700
+
+
+@pytest.mark.parametrize("kept", [{"LOG_TEXT": "none"}, {"LOG_TEXT": "hash", "LOG_HASH_KEY": "secret"}])
+def test_where_no_text_is_kept_no_file_is(make_client, tmp_path, kept):
+    client = make_client("127.0.0.1:1", **kept)
+    refused = client.post("/file", data={"file": (io.BytesIO(b"text\na secret\n"), "a.csv")})
+    assert (refused.status_code, "no text is kept here" in refused.text) == (403, True)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"a secret" in path.read_bytes()]
+
+
+def test_a_locked_log_is_503_for_each_item_of_a_batch(client, monkeypatch):
+    def locked(*_args, **_more):
+        raise OperationalError("INSERT ...", {"text": "a secret"}, Exception("database is locked"))
+
+    monkeypatch.setattr(Store, "received", locked)
+    answers = client.post("/infer/batch", json=["a secret", "b"]).text
+    assert [json.loads(line)["status"] for line in answers.splitlines()] == [503, 503]
+    assert "secret" not in answers
+
+
+def test_a_model_that_takes_longer_to_load_than_an_answer_may_is_loaded_all_the_same(make_client, stand_in):
+    """While it loads, texts are sent away at once, and the health check says so."""
+    stand_in.delay_s = 1.0
+    client = make_client(stand_in.host, OLLAMA_TIMEOUT_S=0.2)
+    assert is_problem(client.post("/infer", data="a text"), 503)
+    started = time.monotonic()
+    refused = client.post("/infer", data="a text")
+    assert is_problem(refused, 503)
+    assert "may still be loading" in refused.get_json()["detail"]
+    assert time.monotonic() - started < 0.9
+    assert "may still be loading" in client.get("/healthcheck").get_json()["detail"]
+    time.sleep(1.3)
+    stand_in.delay_s = 0.0
+    assert client.get("/healthcheck").status_code == 200

@@ -200,7 +200,7 @@ def test_a_new_key_of_an_old_name_sees_no_old_file(tmp_path):
     own = {"Authorization": f"Bearer {site.keys['infer']}"}
     sent = {"file": (io.BytesIO(b"text\nsome words\n"), "mine.csv")}
     place = site.client.post("/file", data=sent, headers=own).location
-    new = Store(site.app.config["DATABASE_URL"]).create_key("infer", ["infer"])
+    new = site.app.extensions["hatespeech"].store.create_key("infer", ["infer"])
     assert site.client.get(place, headers={"Authorization": f"Bearer {new}"}).status_code == 404
 
 
@@ -210,14 +210,18 @@ def test_a_new_key_of_an_old_name_sees_no_old_file(tmp_path):
 @pytest.mark.parametrize("name", ["x.csv", "x.parquet"])
 def test_a_broken_upload_harms_nobody(tmp_path, body, name):
     site = Site(tmp_path)
-    assert site.client.post("/file", data={"file": (io.BytesIO(body), name)}).status_code == 400
+    place = site.client.post("/file", data={"file": (io.BytesIO(body), name)}).location
     assert site.client.get("/file").status_code == 200
+    asked = site.client.get(place)
+    assert (asked.status_code, name in asked.text) == (200, True)
+    assert site.client.post(place, data={"column": "text"}).status_code == 400
+    assert site.client.post(place, data={"action": "delete"}).status_code == 303
     assert not list((tmp_path / "files").iterdir())
 
 
 def test_a_file_is_for_the_key_it_was_sent_with(tmp_path):
     site = Site(tmp_path, REQUIRE_API_KEY="1")
-    other = Store(site.app.config["DATABASE_URL"]).create_key("other", ["infer", "read", "review"])
+    other = site.app.extensions["hatespeech"].store.create_key("other", ["infer", "read", "review"])
     file = tmp_path / "mine.csv"
     file.write_text("text\nsome words\n")
     theirs, own = {"Authorization": f"Bearer {other}"}, {"Authorization": f"Bearer {site.keys['infer']}"}

@@ -13,10 +13,10 @@ def test_every_route_is_described(client):
 
 
 def test_flaws_quote_nothing():
-    assert openapi.flaw("Text", {"text": "a"}) is None
+    assert openapi.schema_error("Text", {"text": "a"}) is None
     for value in ({"text": ["secret"]}, {"secret": 1}, "secret", {"id": "x", "label": "secret"}):
         for schema in ("Text", "Feedback"):
-            assert "secret" not in openapi.flaw(schema, value)
+            assert "secret" not in openapi.schema_error(schema, value)
 
 
 @pytest.mark.slow

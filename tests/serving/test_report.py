@@ -1,14 +1,16 @@
 """What the report and the review ask of the log, on SQLite and on a real PostgreSQL."""
 
 import json
-from datetime import datetime, timedelta
+import sqlite3
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
 
 import numpy as np
 import pytest
 from alembic import command
-from sqlalchemy import select
+from sqlalchemy import create_engine, event, func, insert, make_url, select
 
-from hatespeech import task
+from hatespeech import UserError, task
 from hatespeech.serving import queries, reporting, store
 from hatespeech.serving.queries import Filter, Span
 from hatespeech.serving.store import ANSWERED, FAILED, Store, Tally
@@ -21,7 +23,7 @@ SPAN = Span(DAY, DAY + timedelta(days=30))
 @pytest.fixture
 def clock(monkeypatch):
     """clock(time): what the log takes the time to be."""
-    return lambda time: monkeypatch.setattr(store, "_now", lambda: time)
+    return lambda time: monkeypatch.setattr(store, "now", lambda: time)
 
 
 @pytest.fixture
@@ -114,29 +116,103 @@ def test_purged_texts_are_found_no_more_and_their_counts_stay(log, clock):
     add(log, "gone", 0.9)
     clock(DAY + timedelta(days=9))
     add(log, "stays", 0.9)
-    log.purge(timedelta(days=5))
+    queries.roll_up(log)
+    assert log.purge(timedelta(days=5)) == 1
     assert queries.count(log, Filter(words="gone")) == 0
     assert queries.count(log, Filter(words="stays")) == 1
     assert reporting.report(log, SPAN, None)["answered"] == 2
 
 
-def test_an_older_log_is_counted_and_searchable_after_the_migration(database_url, clock):
+def test_hours_are_counted_once_they_are_over_and_the_open_one_as_it_is(log, clock):
+    def counted() -> int:
+        with log.reading() as session:
+            return session.scalar(select(func.coalesce(func.sum(Tally.n), 0)).where(Tally.measure == "outcome"))
+
+    def reported() -> int:
+        return reporting.report(log, SPAN, None)["requests"]
+
+    for minutes in (10, 50, 70, 130):
+        clock(DAY + timedelta(minutes=minutes))
+        add(log, "some text", 0.7)
+    assert (reported(), counted()) == (4, 3)  # two hours are over
+    add(log, "some text", 0.7)
+    assert (reported(), counted()) == (5, 3)
+    clock(DAY + timedelta(minutes=181))  # over, but what was finished at its end may not be committed yet
+    assert (reported(), counted()) == (5, 3)
+    clock(DAY + timedelta(minutes=183))
+    assert (reported(), counted()) == (5, 5)
+    assert (reported(), counted()) == (5, 5)
+    only_first = reporting.report(log, Span(DAY, DAY + timedelta(hours=1)), None)
+    assert only_first["requests"] == 2
+
+
+def test_two_that_count_at_once_count_once(log, clock):
+    for hour in range(30):
+        clock(DAY + timedelta(hours=hour))
+        add(log, "some text", 0.7)
+    clock(DAY + timedelta(days=3))
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: queries.roll_up(log), range(4)))
+    assert reporting.report(log, SPAN, None)["requests"] == 30
+
+
+def test_a_log_of_18b38e9_opens_and_keeps_its_rows_and_counts(database_url, clock):
+    """Its tables are those of the baseline; its counts are of each request as it was finished."""
+    url = make_url(database_url)
+    engine = create_engine(url)
+    with engine.begin() as connection:
+        command.upgrade(store.migrations(connection), "0003")
+        hour = datetime.now(UTC).replace(tzinfo=None, minute=0, second=0, microsecond=0)
+        for number, time in enumerate((DAY, DAY + timedelta(minutes=5), hour)):
+            known = {"status": "answered", "text": "old text", "confidence": 0.6, "model": "m", "prompt_version": "p"}
+            known |= {"received_at": time, "finished_at": time, "label": "Hate" if number else "Neutral"}
+            connection.execute(insert(store.Request.__table__), known | {"id": f"old{number}"})
+        for time, label in ((DAY, "Neutral"), (DAY, "Hate"), (hour, "Hate")):
+            counted = {"hour": time, "model_digest": "", "measure": "outcome", "bin": label, "n": 1}
+            connection.execute(insert(Tally.__table__), counted)
+    engine.dispose()
     log = Store(database_url)
-    clock(DAY + timedelta(minutes=10))
-    add(log, "old text", 0.7, score=0.3)
-    add(log, "old text", 0.4, score=-2.0)
-    with log.reading() as session:
-        before = {(t.hour, t.measure, t.bin): t.n for t in session.scalars(select(Tally))}
-    with log.engine.begin() as connection:
-        config = store.migrations(connection)
-        command.downgrade(config, "0002")
-        command.upgrade(config, "head")
-    with log.reading() as session:
-        assert {(t.hour, t.measure, t.bin): t.n for t in session.scalars(select(Tally))} == before
-    found = queries.least_sure(log, Filter(words="old"), limit=9)
-    assert [request.confidence for request, _ in found] == [0.6, 0.7]
-    add(log, "old news", 0.9)
+    assert {row.id for row in log.latest()} == {"old0", "old1", "old2"}
     assert queries.count(log, Filter(words="old")) == 3
+    found = reporting.report(log, Span(DAY, hour + timedelta(hours=1)), None)
+    assert found["labels"] == {"Hate": 2, "Neutral": 1, "Supportive": 0}
+    add(log, "old news", 0.9)
+    assert queries.count(log, Filter(words="old")) == 4
+
+
+def test_a_log_too_old_to_be_read_says_what_to_do(tmp_path):
+    with sqlite3.connect(tmp_path / "old.sqlite3") as connection:
+        connection.execute("CREATE TABLE requests (id VARCHAR)")
+    with pytest.raises(UserError, match="open it once with commit 18b38e9"):
+        Store(f"sqlite:///{tmp_path}/old.sqlite3")
+
+
+def test_a_purge_deletes_in_small_transactions(log, clock, monkeypatch):
+    monkeypatch.setattr(store, "PURGED_AT_ONCE", 3)
+    clock(DAY)
+    for number in range(8):
+        log.add_feedback(add(log, f"text {number}", 0.9), "Hate", None, None, None)
+    clock(DAY + timedelta(days=9))
+    add(log, "stays", 0.9)
+    begun = []
+    event.listen(log.engine, "begin", begun.append)
+    assert log.purge(timedelta(days=5)) == 8
+    assert len(begun) == 3
+    assert [row.text for row in log.latest()] == ["stays"]
+
+
+def test_an_export_holds_no_connection_between_its_pages(log, clock):
+    clock(DAY)
+    ids = [add(log, f"text {number}", 0.5 + number % 3 / 10) for number in range(7)]
+    rows = queries.exported(log, Filter(), page=2)
+    found = [next(rows)]
+    assert log.readers.pool.checkedout() == 0
+    add(log, "one more meanwhile", 0.99)
+    found += list(rows)
+    assert {row[0] for row in found} >= set(ids)
+    assert len(found) == 8
+    confidences = [row[queries.EXPORTED.index("confidence")] for row in found]
+    assert confidences == sorted(confidences)
 
 
 def test_the_index_is_that_of_the_textbook():

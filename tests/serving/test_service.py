@@ -129,29 +129,6 @@ def test_several_processes_share_one_database(start, database_url):
     assert {row.id for row in Store(database_url).latest(100)} == {r.headers["X-Answer-Id"] for r in responses}
 
 
-def test_a_database_from_first_light_opens_and_keeps_its_rows(tmp_path):
-    path = tmp_path / "old.sqlite3"
-    connection = sqlite3.connect(path)
-    connection.execute(
-        "CREATE TABLE requests (id VARCHAR NOT NULL PRIMARY KEY, received_at DATETIME NOT NULL, finished_at DATETIME, "
-        "status VARCHAR NOT NULL, http_status INTEGER, text VARCHAR, text_sha256 VARCHAR, label VARCHAR, p_hate FLOAT, "
-        "p_neutral FLOAT, p_supportive FLOAT, duration_ms FLOAT, error VARCHAR, model VARCHAR NOT NULL, "
-        "model_digest VARCHAR, prompt_version VARCHAR NOT NULL, calibration VARCHAR)"
-    )
-    row = ("old", "2026-11-24 20:00:00", "answered", "a text", "Hate", "m", "p")
-    connection.execute(
-        "INSERT INTO requests (id, received_at, status, text, label, model, prompt_version) VALUES (?,?,?,?,?,?,?)", row
-    )
-    connection.commit()
-    for _ in range(2):  # migrated once, then as it is
-        store = Store(f"sqlite:///{path}")
-        (old,) = store.latest()
-        assert (old.id, old.text, old.label, old.score) == ("old", "a text", "Hate", None)
-    store.add_feedback("old", "Neutral", None, None, None)
-    new = store.received(b"new", "m")
-    assert {row.id for row in store.latest()} == {"old", new}
-
-
 @pytest.mark.slow
 def test_kill_9_of_the_app_20_times_loses_no_acknowledged_request(start, tmp_path):
     app, acknowledged, lock = start(), [], threading.Lock()
