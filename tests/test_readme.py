@@ -19,10 +19,11 @@ import train
 from app import create_app
 from tests.conftest import ROOT, RUN
 
-README = (ROOT / "README.md").read_text()
-COMMANDS = [
-    line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines() if line.strip()
-]
+# The README and what it leads to, read as one.
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+README = "\n".join(path.read_text() for path in PAGES)
+BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+COMMANDS = list(dict.fromkeys(line for block in BLOCKS for line in block.splitlines() if line.strip()))
 # Commands that set up or train: here each is parsed; the test named runs it.
 RUN_ELSEWHERE = {
     "./bootstrap.sh": "test_bootstrap.py::test_from_bare_to_answers_and_rows",
@@ -74,7 +75,9 @@ def test_every_command_is_known():
 def test_curl_commands_answer_as_shown(served, tmp_path):
     (tmp_path / "comment.txt").write_text("such a comment")
     outputs = []
-    for command in COMMANDS:
+    readme = [command for command in COMMANDS if command in PAGES[0].read_text()]
+    others = [command for command in COMMANDS if command not in readme]
+    for command in (*readme, *others):
         if command.startswith("curl"):
             command = command.replace("localhost:5000", f"localhost:{served}").replace("curl", "curl -sS --fail")
             done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=True)
@@ -83,6 +86,8 @@ def test_curl_commands_answer_as_shown(served, tmp_path):
     assert outputs[0] == shown == "Supportive"
     assert set(outputs[1:3]) <= {"Hate", "Neutral", "Supportive"}
     assert outputs[3] == "OK"
+    labels = [re.search("Hate|Neutral|Supportive", output)[0] for output in outputs[5:]]
+    assert len(labels) == sum(command.startswith("curl") for command in others) == 4
     example = json.loads(re.search(r"```json\n(.*?)```", README, re.DOTALL).group(1))
     answer = json.loads(outputs[4])
     assert answer.keys() == example.keys()
@@ -93,7 +98,7 @@ def test_curl_commands_answer_as_shown(served, tmp_path):
     query = next(shlex.split(command)[2] for command in COMMANDS if command.startswith("sqlite3"))
     code = "import sqlite3, sys; print(len(sqlite3.connect('.data/requests.sqlite3').execute(sys.argv[1]).fetchall()))"
     done = subprocess.run([sys.executable, "-c", code, query], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert done.stdout == "4\n"
+    assert done.stdout == "9\n"
 
 
 @pytest.mark.slow
@@ -250,9 +255,19 @@ def test_the_training_benchmark_runs_quickly_on_a_cpu():
     print(done.stdout)
 
 
-def test_every_module_is_in_the_tour():
-    for path in (ROOT / "hatespeech").glob("[a-z]*.py"):
-        assert f"| `{path.name}` |" in README
+def test_every_module_is_in_the_tour_of_its_wing():
+    tour = (ROOT / "docs" / "how-it-is-built.md").read_text().split("\n## ")
+    for folder, wing in {"": "The ground floor", "training": "Training", "serving": "Serving", "bulk": "Bulk"}.items():
+        (described,) = [part for part in tour if part.startswith(wing)]
+        modules = {path.name for path in (ROOT / "hatespeech" / folder).glob("[a-z]*.py")}
+        assert set(re.findall(r"^\| `(\w+\.py)` \|", described, re.MULTILINE)) == modules
+
+
+def test_the_readme_is_short_and_its_links_lead_somewhere():
+    assert len(PAGES[0].read_text().splitlines()) <= 200
+    for page in PAGES:
+        for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text()):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
 
 
 def test_environment_yml_is_the_train_extra():
@@ -275,9 +290,9 @@ def test_top_level_is_as_agreed():
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     agreed = {
         *("train.py", "app.py", "bootstrap.sh", "environment.yml", "Modelfile", "notebooks", "results", "tests"),
-        *("README.md", "pyproject.toml", "LICENSE", "hatespeech", "docs"),
+        *("README.md", "pyproject.toml", "LICENSE", "hatespeech", "docs", "compose.yaml", "Dockerfile"),
     }
-    assert {name.split("/")[0] for name in tracked.split()} - agreed <= {".gitignore", ".ci", ".compose.yaml"}
+    assert {name.split("/")[0] for name in tracked.split()} - agreed <= {".gitignore", ".ci", ".dockerignore"}
 
 
 @pytest.mark.slow

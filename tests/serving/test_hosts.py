@@ -156,7 +156,7 @@ def test_two_apps_two_ollamas_one_postgresql_and_a_kill(start, run, database_url
 
 
 def test_the_compose_file_names_settings_and_models_that_exist():
-    compose = yaml.safe_load((ROOT / ".compose.yaml").read_text())["services"]
+    compose = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]
     assert set(compose["app"]["environment"]) <= {name.upper() for name in Settings.model_fields}
     hosts = [host.partition(":")[0] for host in compose["app"]["environment"]["OLLAMA_HOSTS"].split(",")]
     assert all(host in compose for host in hosts)
