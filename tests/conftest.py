@@ -1,31 +1,64 @@
-"""The real parts that tests share: a real Ollama with the shipped model, a real SQLite file."""
+"""The real parts that tests share: a real Ollama with the shipped model, a real SQLite file, a real PostgreSQL.
 
-import json
+`pytest -m "not ollama and not train"` is the quick step, for whoever changes a route: it needs what `./bootstrap.sh`
+installs, pytest and hypothesis, and no Ollama. What then asks `client` for an answer gets it from a stand-in.
+"""
+
+import importlib.util
 import os
 import shutil
 import socket
 import subprocess
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from pyarrow import parquet
 from sqlalchemy import create_engine, text
 
 from app import create_app
-from hatespeech import runs, tokens
+from hatespeech import runs
 from hatespeech.ollama import Ollama, private_server
 from hatespeech.runs import model_name
-from hatespeech.training import export
+from tests.stand_in import StandIn
 
 ROOT = Path(__file__).parent.parent
 BASE = ROOT / ".cache" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 RUN = ROOT / "results" / "smollm2-135m"
 os.environ["PATH"] = f"{ROOT}/.cache/ollama/bin:{os.environ['PATH']}"
+
+
+DATA = ROOT / "tests" / "data"
+TRAIN, TEST, ANNOTATIONS = (DATA / f"{name}.parquet" for name in ("train", "test", "annotations"))
+# What needs more than the base install, where only that is there.
+NEED_TRAINING = ["training/*", "bulk/*", "benchmarks/*", "test_packing.py", "test_readme.py"]
+collect_ignore_glob = [] if importlib.util.find_spec("torch") else NEED_TRAINING
+
+
+def is_quick(config) -> bool:
+    return "not ollama" in (config.option.markexpr or "")
+
+
+def pytest_collection_modifyitems(config, items) -> None:
+    """What needs a real Ollama, or the train extra, says so by its fixtures or its folder; `long` waits to be asked."""
+    for item in items:
+        folder = item.path.parent.name
+        if {"ollama_host", "server", "create", "scratch"} & set(item.fixturenames):
+            item.add_marker("ollama")
+        needs_training = folder in ("training", "bulk") or item.path.name in NEED_TRAINING
+        if needs_training or {"tokenizer", "base_gguf"} & set(item.fixturenames):
+            item.add_marker("train")
+    if "long" not in (config.option.markexpr or ""):
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("long")])
+        items[:] = [item for item in items if not item.get_closest_marker("long")]
+
+
+def some_texts(n: int | None = None) -> list[str]:
+    """The first n of the test comments' texts."""
+    return parquet.read_table(TEST, columns=["text"])["text"].to_pylist()[:n]
 
 
 def free_port() -> int:
@@ -42,6 +75,7 @@ def base_gguf() -> Path:
 
 @pytest.fixture(scope="session")
 def tokenizer(base_gguf):
+    from hatespeech import tokens
 
     return tokens.load_tokenizer(str(base_gguf))
 
@@ -68,10 +102,15 @@ def create(ollama_host):
 
 
 @pytest.fixture(scope="session")
-def run(base_gguf, tmp_path_factory) -> Path:
-    """A copy of the shipped run, with its model.gguf: bootstrap.sh's, or made as it makes it."""
+def run(request, tmp_path_factory) -> Path:
+    """A copy of the shipped run, with its model.gguf: bootstrap.sh's, or made as it makes it. Quick: without one."""
     folder = tmp_path_factory.mktemp("results") / RUN.name
     shutil.copytree(RUN, folder, ignore=shutil.ignore_patterns("model.gguf*"))
+    if is_quick(request.config):
+        return folder
+    from hatespeech.training import export
+
+    base_gguf = request.getfixturevalue("base_gguf")
     if (RUN / "model.gguf").exists():
         (folder / "model.gguf").symlink_to(RUN / "model.gguf")
     export.complete(folder, base_gguf)
@@ -102,8 +141,12 @@ def make_client(run, tmp_path):
 
 
 @pytest.fixture
-def client(make_client, server, ollama_host):
-    return make_client(ollama_host)
+def client(make_client, request):
+    """A client of the app before the tests' Ollama; in the quick step, before a stand-in."""
+    if is_quick(request.config):
+        return make_client(request.getfixturevalue("stand_in").host)
+    request.getfixturevalue("server")
+    return make_client(request.getfixturevalue("ollama_host"))
 
 
 INITDB = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
@@ -146,42 +189,7 @@ def database_url(request, tmp_path) -> str:
     return url.replace("/postgres", f"/{name}")
 
 
-class StandIn(ThreadingHTTPServer):
-    """Answers as an Ollama would that has gone wrong: only for faults the real one won't show on demand."""
-
-    daemon_threads = True
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), _Answer)
-        self.host = f"127.0.0.1:{self.server_port}"
-        self.status, self.body, self.delay_s = 200, b"{}", 0.0
-
-
-class _Answer(BaseHTTPRequestHandler):
-    def do_GET(self):
-        models = [{"name": f"{model_name(RUN)}:latest", "digest": "0" * 64}]
-        self.reply(200, json.dumps({"models": models, "version": "0.24.0"}).encode())
-
-    def do_POST(self):
-        if self.path == "/api/show":
-            return self.reply(200, json.dumps({"modelfile": f"FROM /models/sha256-{'0' * 64}"}).encode())
-        time.sleep(self.server.delay_s)
-        self.reply(self.server.status, self.server.body)
-
-    def reply(self, status: int, body: bytes):
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_):
-        pass
-
-
 @pytest.fixture
 def stand_in():
-    server = StandIn()
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with StandIn.running() as server:
+        yield server

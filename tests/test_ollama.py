@@ -2,12 +2,10 @@ import json
 import time
 
 import numpy as np
-import pandas as pd
 import pytest
 
 from hatespeech import ollama, runs, task, tokens
-from tests.conftest import ROOT, RUN, free_port
-from tests.training.test_data import TEST
+from tests.conftest import ROOT, RUN, free_port, some_texts
 
 
 @pytest.mark.parametrize(
@@ -40,7 +38,7 @@ def test_a_real_text_gets_probabilities(server):
 
 def test_answers_do_not_depend_on_what_came_before(server):
     """The prefix cache must not change an answer by more than rounding."""
-    texts = pd.read_parquet(TEST)["text"][:5].tolist()
+    texts = some_texts(5)
     first = [server.classify(text).probabilities for text in texts]
     again = [server.classify(text).probabilities for text in reversed(texts)][::-1]
     assert np.array(again) == pytest.approx(np.array(first), abs=0.01)
@@ -49,7 +47,7 @@ def test_answers_do_not_depend_on_what_came_before(server):
 def test_training_and_serving_read_the_same_tokens(server, tokenizer):
     """Tokenizer ids against what Ollama evaluates: the ids it gives back, and their count, BOS included."""
     texts = [
-        *pd.read_parquet(TEST)["text"][:3],
+        *some_texts(3),
         "in 2019, 1234",
         "  two  spaces ",
         "a\nb",

@@ -100,7 +100,8 @@ def parsed(body: object, omit_unsupported: bool = False) -> Analyze:
     unknown = sorted(set(requested) - set(ATTRIBUTES))
     if unknown and not omit_unsupported:
         names = ", ".join(name[:100] for name in unknown[:20])
-        raise Refused(f"Attributes not supported: {names}. Supported: {', '.join(ATTRIBUTES)}")
+        what = f"Attribute {names} is" if len(unknown) == 1 else f"Attributes {names} are"
+        raise Refused(f"{what} not supported. Supported: {', '.join(ATTRIBUTES)}")
     thresholds = {}
     for name in [name for name in requested if name in ATTRIBUTES]:
         config = requested[name]

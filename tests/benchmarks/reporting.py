@@ -31,8 +31,7 @@ from hatespeech.serving import queries, reporting
 from hatespeech.serving.queries import Filter, Span
 from hatespeech.serving.store import ANSWERED, Feedback, Request, Store
 from hatespeech.training import recording
-from tests.conftest import RUN, postgres_server
-from tests.training.test_data import TRAIN
+from tests.conftest import RUN, TRAIN, postgres_server
 
 DAY, DAYS, CHUNK = datetime(2026, 3, 1), 30, 20_000
 

@@ -20,8 +20,7 @@ from hatespeech import UserError, tables, task
 from hatespeech.bulk import job as bulk
 from hatespeech.bulk import scoring
 from hatespeech.calibration import Calibration
-from tests.conftest import ROOT, RUN
-from tests.training.test_data import TEST, TRAIN
+from tests.conftest import ROOT, RUN, TEST, TRAIN
 
 
 @pytest.fixture(scope="module")

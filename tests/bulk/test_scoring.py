@@ -12,7 +12,7 @@ from hatespeech import UserError, task, tokens
 from hatespeech.bulk import scoring
 from hatespeech.calibration import softmax
 from tests.benchmarks.training import SHAPES
-from tests.training.test_data import TEST
+from tests.conftest import TEST
 
 
 @pytest.fixture(scope="module")

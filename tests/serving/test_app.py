@@ -14,8 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
+from pyarrow import parquet
 from sqlalchemy.exc import OperationalError
 
 from hatespeech import UserError, task
@@ -23,8 +23,7 @@ from hatespeech.calibration import Calibration
 from hatespeech.serving import openapi
 from hatespeech.serving.parts import MAX_BATCHES
 from hatespeech.serving.store import Store
-from tests.conftest import ROOT, free_port
-from tests.training.test_data import TEST
+from tests.conftest import ROOT, TEST, free_port
 
 
 def rows(client) -> list[sqlite3.Row]:
@@ -331,7 +330,7 @@ def test_when_all_places_are_taken_it_says_when_to_come_again(make_client, stand
 
 
 @pytest.mark.parametrize(("kept", "text", "hashed"), [("hash", None, True), ("none", None, False)])
-def test_texts_can_be_kept_out_of_the_log(make_client, ollama_host, server, kept, text, hashed):
+def some_texts_can_be_kept_out_of_the_log(make_client, ollama_host, server, kept, text, hashed):
     client = make_client(ollama_host, LOG_TEXT=kept, LOG_HASH_KEY="a secret")
     for sent in ("one text", "one text", "another"):
         assert client.post("/infer", data=sent).status_code == 200
@@ -426,11 +425,11 @@ def test_an_unexpected_error_is_a_500_that_is_logged_without_the_text(client, mo
 
 
 @pytest.mark.slow
-def test_real_comments_are_answered_as_the_model_card_says(client):
+def test_real_comments_are_answered_as_the_model_card_says(client, server):
     """On 40 test comments: far better than chance, so neither prompt nor calibration got lost on the way."""
-    some = pd.read_parquet(TEST)[:40]
-    answers = [client.post("/infer", data=text.encode()).text for text in some["text"]]
-    truth = [task.label_of(score) for score in some["hate_speech_score"]]
+    some = parquet.read_table(TEST)[:40].to_pylist()
+    answers = [client.post("/infer", data=row["text"].encode()).text for row in some]
+    truth = [task.label_of(row["hate_speech_score"]) for row in some]
     assert sum(a == t for a, t in zip(answers, truth, strict=True)) > 18
     assert len(rows(client)) == 40
 

@@ -9,15 +9,13 @@ import shutil
 import threading
 from datetime import timedelta
 
-import pandas as pd
 import pytest
 from werkzeug.serving import make_server
 
 from app import create_app
 from hatespeech.serving import store as log
-from tests.conftest import ROOT
+from tests.conftest import ROOT, some_texts
 from tests.serving.test_pages import HOSTILE
-from tests.training.test_data import TEST
 
 SHOTS = ROOT / "tests" / "screenshots"
 SIZES = {"desktop": {"width": 1100, "height": 900}, "phone": {"width": 390, "height": 844}}
@@ -41,11 +39,11 @@ def site(server, ollama_host, run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("site")
     config = {"MODEL_DIR": str(run), "OLLAMA_HOST": ollama_host, "UPLOADS_DIR": str(folder / "files")}
     app = create_app(config | {"DATABASE_URL": f"sqlite:///{folder}/log.sqlite3"})
-    client, texts = app.test_client(), pd.read_parquet(TEST)["text"]
+    client, texts = app.test_client(), some_texts()
     with pytest.MonkeyPatch.context() as patch:
-        now = log._now()
+        now = log.now()
         for day in range(5):
-            patch.setattr(log, "_now", lambda day=day: now - timedelta(days=day))
+            patch.setattr(log, "now", lambda day=day: now - timedelta(days=day))
             for text in [*texts[6 * day : 6 * day + 6], "I hope you all have a lovely day", HOSTILE]:
                 assert client.post("/infer", data=text.encode()).status_code == 200
     http = make_server("127.0.0.1", 0, app, threaded=True)

@@ -7,13 +7,13 @@ import sys
 import time
 from pathlib import Path
 
-import pandas as pd
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from hatespeech.serving import files
 from hatespeech.serving.store import Store
-from tests.conftest import ROOT
-from tests.training.test_data import TEST
+from tests.conftest import ROOT, some_texts
 
 # Line 2 is fine; then a line break in a field, no text, bytes that are no UTF-8, a field too many, a text too long.
 ROWS = (
@@ -64,15 +64,15 @@ def test_every_row_comes_back_with_its_answer_or_its_fault(classify, client, tmp
 
 
 def test_parquet_keeps_its_types(classify, tmp_path):
-    frame = pd.DataFrame({"n": [1, 2, 3], "comment": ["a day", None, "another"]})
-    frame.to_parquet(tmp_path / "in.parquet")
+    rows = pyarrow.table({"n": [1, 2, 3], "comment": ["a day", None, "another"]})
+    parquet.write_table(rows, tmp_path / "in.parquet")
     done = classify(tmp_path / "in.parquet", tmp_path / "out.parquet", "--text-column", "comment")
     assert done.exit_code == 0, done.output
-    out = pd.read_parquet(tmp_path / "out.parquet")
-    assert out[["n", "comment"]].equals(frame)
-    assert out["label"].notna().tolist() == [True, False, True]
-    assert out["p_hate"].dtype == float
-    assert "there is no text" in out["error"][1]
+    out = parquet.read_table(tmp_path / "out.parquet")
+    assert out.select(["n", "comment"]).equals(rows)
+    assert out["label"].is_valid().to_pylist() == [True, False, True]
+    assert out["p_hate"].type == pyarrow.float64()
+    assert "there is no text" in out["error"][1].as_py()
 
 
 def test_what_cannot_be_done_is_said_before_anything_is_asked(classify, tmp_path):
@@ -91,7 +91,7 @@ def test_what_cannot_be_done_is_said_before_anything_is_asked(classify, tmp_path
     assert target.read_text() == "precious"
 
 
-def test_a_failing_ollama_stops_it_and_it_goes_on_later(stand_in, make_client, classify, tmp_path):
+def test_a_failing_ollama_stops_it_and_it_goes_on_later(server, stand_in, make_client, classify, tmp_path):
     source, target = tmp_path / "in.csv", tmp_path / "out.csv"
     source.write_text("text\n" + "a text\n" * 3)
     stand_in.status = 500
@@ -122,8 +122,9 @@ def test_a_torn_line_of_the_journal_is_done_again(classify, tmp_path):
 @pytest.mark.slow
 def test_kill_9_in_mid_run_loses_no_row_and_doubles_none(server, run, ollama_host, tmp_path):
     source, target = tmp_path / "in.csv", tmp_path / "out.csv"
-    frame = pd.read_parquet(TEST)[:60]
-    frame.to_csv(source, index=False)
+    texts = some_texts(60)
+    with open(source, "w", newline="") as file:
+        csv.writer(file).writerows([("n", "text"), *enumerate(texts)])
     environment = os.environ | {"MODEL_DIR": str(run), "OLLAMA_HOST": ollama_host}
     environment["DATABASE_URL"] = f"sqlite:///{tmp_path}/requests.sqlite3"
     command = [sys.executable, "-m", "flask", "--app", "app", "classify", str(source), str(target)]
@@ -138,7 +139,7 @@ def test_kill_9_in_mid_run_loses_no_row_and_doubles_none(server, run, ollama_hos
             time.sleep(0.01)
     assert kills == 3
     rows = read(target)
-    assert [row["comment_id"] for row in rows] == frame["comment_id"].astype(str).tolist()
+    assert [(int(row["n"]), row["text"]) for row in rows] == list(enumerate(texts))
     assert all(row["label"] for row in rows)
     assert len({row["request_id"] for row in rows}) == 60
     answered = list(Store(environment["DATABASE_URL"]).answered())

@@ -8,7 +8,6 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
-import pandas as pd
 import pytest
 import requests
 import yaml
@@ -18,9 +17,8 @@ from hatespeech.hosts import LEFT_OUT_S, Hosts
 from hatespeech.ollama import BadAnswer, Ollama, OllamaError, TextTooLong, TooSlow
 from hatespeech.serving.settings import Settings
 from hatespeech.serving.store import ANSWERED, Store
-from tests.conftest import ROOT, RUN, free_port
+from tests.conftest import ROOT, RUN, free_port, some_texts
 from tests.serving.test_service import start  # noqa: F401  the fixture
-from tests.training.test_data import TEST
 
 
 class Server:
@@ -121,7 +119,7 @@ def test_two_apps_two_ollamas_one_postgresql_and_a_kill(start, run, database_url
     servers = [Killable(tmp_path / name, run) for name in "ab"]
     hosts = ",".join(server.host for server in servers)
     apps = [start(database_url, OLLAMA_HOSTS=hosts, OLLAMA_TIMEOUT_S="30") for _ in range(2)]
-    texts, times, statuses, lock = pd.read_parquet(TEST)["text"].tolist(), [], Counter(), threading.Lock()
+    texts, times, statuses, lock = some_texts(), [], Counter(), threading.Lock()
     end = time.monotonic() + 36
 
     def client(number: int) -> None:

@@ -7,14 +7,13 @@ import time
 from html import unescape
 from html.parser import HTMLParser
 
-import pandas as pd
 import pytest
 
 from hatespeech import task
 from hatespeech.serving import pages
 from hatespeech.serving.store import Store
+from tests.conftest import some_texts
 from tests.serving.test_app import run_with
-from tests.training.test_data import TEST
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)> {{ 7 * 7 }} &amp; </textarea>"
 
@@ -60,7 +59,7 @@ def test_a_text_is_classified_and_shown_with_how_sure_it_is(client):
 
 
 def test_an_unsure_answer_needs_a_person(client):
-    texts = pd.read_parquet(TEST)["text"][:40]
+    texts = some_texts(40)
     text = next(text for text in texts if client.post("/infer", json={"text": text}).get_json()["abstain"])
     assert "Needs a person:" in client.post("/", data={"text": text}).text
 

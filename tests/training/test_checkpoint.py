@@ -17,9 +17,8 @@ from safetensors.torch import load_file
 from hatespeech import runs
 from hatespeech.training import checkpoint, checks
 from tests.benchmarks.exactness import SHAPE, random_base
-from tests.conftest import ROOT
+from tests.conftest import ROOT, TRAIN
 from tests.training.test_checks import SMALL
-from tests.training.test_data import TRAIN
 
 
 @pytest.fixture(scope="module")

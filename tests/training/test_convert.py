@@ -22,7 +22,7 @@ import pytest
 from hatespeech import ollama, task, tokens
 from hatespeech.training import export, tuning
 from tests.benchmarks.exactness import random_lora
-from tests.training.test_data import TEST
+from tests.conftest import TEST
 
 pytestmark = pytest.mark.slow
 

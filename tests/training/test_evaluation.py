@@ -14,7 +14,7 @@ from sklearn.metrics import (
 
 from hatespeech import UserError, task
 from hatespeech.training import data, evaluation, pictures
-from tests.training.test_data import ANNOTATIONS, TEST, TRAIN
+from tests.conftest import ANNOTATIONS, TEST, TRAIN
 
 
 @pytest.fixture(scope="module")

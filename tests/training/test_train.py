@@ -19,9 +19,8 @@ from hatespeech import UserError, runs, task, tokens
 from hatespeech.training import checks, data, evaluation, export, recording, tuning
 from tests.benchmarks.exactness import random_base
 from tests.benchmarks.training import SHAPES
-from tests.conftest import ROOT, free_port
+from tests.conftest import ANNOTATIONS, DATA, ROOT, TEST, TRAIN, free_port
 from tests.training.test_checks import SMALL
-from tests.training.test_data import ANNOTATIONS, DATA, TEST, TRAIN
 
 # F16 weights and Ollama's CPU kernels against fp32. A q or k in the wrong order moves more: see below.
 TOLERANCE = 0.01
