@@ -146,7 +146,7 @@ def client(make_client, request):
     if is_quick(request.config):
         return make_client(request.getfixturevalue("stand_in").host)
     request.getfixturevalue("server")
-    return make_client(request.getfixturevalue("ollama_host"))
+    return make_client(request.getfixturevalue("ollama_host"), OLLAMA_TIMEOUT_S=60)  # however busy this machine is
 
 
 INITDB = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))

@@ -140,11 +140,11 @@ def test_from_bare_to_answers_and_rows(scratch):
     assert curl(f"{url}/healthcheck") == "OK 200"
     assert curl(f"{url}/infer", "-d", "I hope you all have a lovely day") == "Supportive 200"
     assert curl(f"{url}/infer", "-d", "").endswith(" 400")
-    assert curl(f"{url}/infer", "-H", "Content-Type: application/json", "-d", '{"a": 1}').split()[1] == "200"
+    assert curl(f"{url}/infer", "-H", "Content-Type: application/json", "-d", '{"a": 1}').endswith(" 400")
     assert [row[:3] for row in scratch.rows()] == [
         ("answered", 200, "I hope you all have a lovely day"),
         ("refused", 400, ""),
-        ("answered", 200, '{"a": 1}'),
+        ("refused", 400, '{"a": 1}'),
     ]
     assert "stopping what this script started" in interrupt(process)
     assert process.returncode == 130

@@ -237,7 +237,9 @@ def test_the_reports_speed_was_measured():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["bulk", "full_size", "tries", "reporting"])
+@pytest.mark.parametrize(
+    "name", ["bulk", "reporting", *(pytest.param(name, marks=pytest.mark.long) for name in ("full_size", "tries"))]
+)
 def test_the_other_benchmarks_run_quickly(name, tmp_path):
     options = {"tries": ["--quick", "--output", str(tmp_path)], "reporting": ["--rows", "2000"]}
     command = [sys.executable, "-m", f"tests.benchmarks.{name}", *options.get(name, ["--quick"])]
@@ -245,7 +247,7 @@ def test_the_other_benchmarks_run_quickly(name, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_training_benchmark_runs_quickly_on_a_cpu():
     command = [sys.executable, "-m", "tests.benchmarks.training", "--quick"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

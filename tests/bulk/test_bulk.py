@@ -164,9 +164,10 @@ def test_what_a_worker_fails_of_is_told(ray, run, stand_in, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_thousand_texts_get_the_services_answers(run, server):
+@pytest.mark.parametrize("n_texts", [250, pytest.param(1000, marks=pytest.mark.long)])
+def test_many_texts_get_the_services_answers(run, server, n_texts):
     texts = pd.concat([pd.read_parquet(TEST), pd.read_parquet(TRAIN)])["text"].drop_duplicates()
-    texts = texts[texts.str.len() <= 120][:1000].tolist()  # short, to save time: tests/benchmarks/bulk.py takes any
+    texts = texts[texts.str.len() <= 120][:n_texts].tolist()  # short, to save time: tests/benchmarks/bulk.py takes any
     calibration = Calibration.load(run / "calibration.json")
     with ThreadPoolExecutor(4) as pool:
         answers = list(pool.map(server.classify, texts))

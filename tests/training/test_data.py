@@ -403,7 +403,7 @@ def test_the_full_set_loads_in_20_s_and_2_gb(tmp_path):
     path, full = tmp_path / "full.parquet", made_rows()
     full.to_parquet(path)
     code = (
-        "import re; from pathlib import Path; from hatespeech import data; from tests.conftest import *\n"
+        "import re; from pathlib import Path; from hatespeech.training import data; from tests.conftest import *\n"
         f"merged = data.comments(data.read({str(path)!r}))\n"
         "data.split(merged.frame, {'train': .8, 'validation': .1, 'test': .1}, 0)\n"
         # Not ru_maxrss, which begins with what the starting process holds.

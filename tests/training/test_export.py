@@ -59,7 +59,7 @@ def test_a_finished_run_is_not_overwritten(tmp_path):
 
 def test_two_runs_into_one_folder(tmp_path):
     code = (
-        "import sys, pathlib; from hatespeech import export\n"
+        "import sys, pathlib; from hatespeech import runs\n"
         "with runs.run_folder(pathlib.Path(sys.argv[1])): print('in', flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "mine")]

@@ -395,7 +395,10 @@ def test_what_can_not_end_well_is_refused_by_name_before_anything_is_read(tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_makes_sense_is_not_refused():
+def test_what_makes_sense_is_not_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("own.csv", "a.csv", "b.csv"):
+        Path(name).write_text("text,hateful\na,1\n")
     train.check(train.Settings())
     train.check(train.Settings(test_dataset="own.csv", test_share=0.0, validation_share=0.9))
     train.check(train.Settings(also=("a.csv", "b.csv"), also_weight=(0.5, 2.0), score_error=0.0, epochs=0.1))
