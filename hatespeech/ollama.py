@@ -72,13 +72,13 @@ def base_url(host: str) -> str:
 
 
 @contextmanager
-def private_server(scratch: Path) -> Iterator[str]:
+def private_server(scratch: Path, command: str = "ollama") -> Iterator[str]:
     """An Ollama for a moment, as host:port: on a free port, with a model store in scratch that goes with it.
 
-    Raises UserError where there is no `ollama` command or it does not start.
+    Raises UserError where there is no such command or it does not start.
     """
-    if shutil.which("ollama") is None:
-        raise UserError("there is no `ollama` command on the PATH")
+    if shutil.which(command) is None:
+        raise UserError(f"there is no `{command}` command on the PATH")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         host = f"127.0.0.1:{probe.getsockname()[1]}"
@@ -86,7 +86,7 @@ def private_server(scratch: Path) -> Iterator[str]:
         environment = os.environ | {"OLLAMA_HOST": host, "OLLAMA_MODELS": store}
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         # A session of its own, so that its helpers, one llama-server for each model, can be ended with it.
-        server = subprocess.Popen(["ollama", "serve"], env=environment, start_new_session=True, **quiet)
+        server = subprocess.Popen([command, "serve"], env=environment, start_new_session=True, **quiet)
         try:
             for _ in range(300):
                 try:

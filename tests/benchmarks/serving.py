@@ -2,6 +2,7 @@
 
     python -m tests.benchmarks.serving            # some minutes; writes results/benchmarks/serving.json
     python -m tests.benchmarks.serving --quick    # seconds, prints only
+    python -m tests.benchmarks.serving --old .cache/ollama-0.24/bin/ollama    # and against another Ollama
 
 Closed loop: each client sends the next test comment when its last is answered, until all have been; both paths get the
 same comments in the same order and take turns with every few. The load generator shares the cores with what it
@@ -21,6 +22,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import gguf
@@ -137,7 +139,9 @@ def sweep(n_texts: int) -> list[dict]:
     texts, rows = texts_of("test")[:n_texts], []
     tokens = tuple(runs.read_settings(RUN)["label_tokens"])
     tries = [(name, {}) for name in ("F16", "BF16", "Q8_0")]
-    tries += [("F16", {"OLLAMA_NUM_PARALLEL": "4"}), ("F16", {"OLLAMA_FLASH_ATTENTION": "1"})]
+    tries += [("F16", {"OLLAMA_NUM_PARALLEL": n}) for n in ("1", "2", "4")]
+    tries += [("F16", {"OLLAMA_FLASH_ATTENTION": "1"}), ("F16", {"LLAMA_ARG_UBATCH": "128"})]
+    tries += [("F16", {"LLAMA_ARG_THREADS": "1"}), ("F16", {"LLAMA_ARG_CACHE_REUSE": "16"})]
     for name, environment in tries:
         os.environ |= environment
         with tempfile.TemporaryDirectory() as scratch, ollama.private_server(Path(scratch)) as host:
@@ -150,6 +154,24 @@ def sweep(n_texts: int) -> list[dict]:
                 print(json.dumps(rows[-1]), flush=True)
         for variable in environment:
             del os.environ[variable]
+    return rows
+
+
+def against(old: str, n_texts: int) -> list[dict]:
+    """The Ollama on the PATH and another executable, which take turns with the same texts."""
+    texts, tokens = texts_of("test")[:n_texts], tuple(runs.read_settings(RUN)["label_tokens"])
+    with ExitStack() as stack:
+        scratch, calls = Path(stack.enter_context(tempfile.TemporaryDirectory())), {}
+        for command in (old, "ollama"):
+            host = stack.enter_context(ollama.private_server(scratch, command))
+            ollama.create(host, "model", RUN)
+            client = ollama.Ollama(host, "model", tokens, timeout_s=60)
+            client.preload()
+            calls[f"ollama {client.version()}"] = client.classify
+        rows = [row for clients in (1, 4) for row in load(calls, texts, clients)]
+    for before, now in zip(rows[::2], rows[1::2], strict=True):
+        ratio = now["requests_per_s"] / before["requests_per_s"]
+        print(f"{now['clients']} clients: {now['path']} / {before['path']} throughput {ratio:.2f}")
     return rows
 
 
@@ -195,7 +217,9 @@ def measure(n_texts: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="16 requests a row, print only")
-    quick = parser.parse_args().quick
+    parser.add_argument("--old", metavar="OLLAMA", help="another Ollama's executable, to take turns with this one's")
+    arguments = parser.parse_args()
+    quick = arguments.quick
     if not (RUN / "model.gguf").exists():
         sys.exit(f"benchmark: {RUN} has no model.gguf yet: run ./bootstrap.sh first")
     processor = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "?")
@@ -217,6 +241,8 @@ def main() -> None:
             f"median {app.p50_ms - direct.p50_ms:+.1f} ms, of the same text {app.more_ms:+.1f} ms"
         )
     print("profile of a request:", result["profile"])
+    if arguments.old:
+        result["engines"] = against(arguments.old, result["requests_a_row"])
     if not quick:
         result["settings"] = sweep(80)
         path = ROOT / "results" / "benchmarks" / "serving.json"
