@@ -347,7 +347,8 @@ def evaluate_other(folder: Path, run: dict, splits: dict, settings: Settings, en
     print(evaluation.report(test, calibrated), evaluation.table(measured), evaluation.groups_table(rows), sep="\n\n")
     path = folder / "evaluations" / f"{Path(settings.test_dataset).stem}.json"
     path.parent.mkdir(exist_ok=True)
-    about = {"dataset": Path(settings.test_dataset).name, "commit": recording.commit(), "left_out": seen}
+    about = {"dataset": Path(settings.test_dataset).name, "commit": recording.commit()}
+    about |= {"left_out": seen, "refused": int((~answered).sum())}
     runs.write_json(path, about | {engine: origin | measured[engine], f"{engine}_by_group": rows})
     print(f"\nstored in {path}")
 

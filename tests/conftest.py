@@ -82,9 +82,10 @@ def tokenizer(base_gguf):
 
 @pytest.fixture(scope="session")
 def ollama_host(tmp_path_factory):
-    """An Ollama of the tests' own: host:port."""
-    assert shutil.which("ollama"), "no ollama command: ./bootstrap.sh test gets it"
-    with private_server(tmp_path_factory.mktemp("ollama")) as host:
+    """An Ollama of the tests' own, host:port: of the command on the PATH, or of TESTS_OLLAMA."""
+    command = os.environ.get("TESTS_OLLAMA", "ollama")
+    assert shutil.which(command), "no ollama command: ./bootstrap.sh test gets it"
+    with private_server(tmp_path_factory.mktemp("ollama"), command) as host:
         yield host
 
 
@@ -167,6 +168,25 @@ def postgres_server() -> Iterator[str]:
     yield f"postgresql://tests@127.0.0.1:{port}/postgres"
     subprocess.run([control, "-D", folder / "data", "-m", "immediate", "stop"], **tool)
     shutil.rmtree(folder)
+
+
+def restart_postgres(url: str) -> None:
+    """A crash and a new start of postgres_server's."""
+    with create_engine(url.replace("postgresql:", "postgresql+psycopg:")).connect() as connection:
+        data = Path(connection.execute(text("SHOW data_directory")).scalar_one())
+    user = {"user": "postgres", "group": "postgres"} if os.getuid() == 0 else {}
+    command = [
+        INITDB[-1].with_name("pg_ctl"),
+        "-D",
+        data,
+        "-l",
+        data.parent / "log",
+        "-m",
+        "immediate",
+        "-w",
+        "restart",
+    ]
+    subprocess.run(command, cwd=data.parent, check=True, stdout=subprocess.DEVNULL, **user)
 
 
 @pytest.fixture(scope="session")

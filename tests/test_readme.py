@@ -191,14 +191,18 @@ def test_every_other_figure_of_how_good_it_is_was_measured():
 
 def test_every_speed_was_measured():
     stored = json.loads((ROOT / "results" / "benchmarks" / "serving.json").read_text())
-    one = {row["path"]: row for row in stored["rows"] if row["clients"] == 1}
-    assert f"answers {one['app']['requests_per_s']:.1f} requests a second" in README
-    assert f"directly {one['ollama']['requests_per_s']:.1f}" in README
-    assert f"HTTP take {one['app']['more_ms']:.0f} ms" in README
-    profile = {name: f"{value:.0f}" for name, value in stored["profile"].items()}
-    words = " ".join(README.split())
-    assert f"Of the {profile['total_ms']} ms that a new text takes Ollama, {profile['prompt_eval_ms']} go" in words
-    assert f"{profile['load_ms']} into reading" in words
+    rate = {(row["path"], row["clients"]): f"{row['requests_per_s']:.1f}" for row in stored["rows"]}
+    assert f"answers {rate['app', 1]} requests a second, one client at a time" in WORDS
+    assert f"directly {rate['ollama', 1]}. With 4 clients it is {rate['app', 4]} and {rate['ollama', 4]}" in WORDS
+    assert f"with 16 {rate['app', 16]} and {rate['ollama', 16]}" in WORDS
+    more_ms = next(row["more_ms"] for row in stored["rows"] if (row["path"], row["clients"]) == ("app", 1))
+    assert f"HTTP take {more_ms:.0f} ms" in WORDS
+    total_ms, prompt_ms = stored["profile"]["total_ms"], stored["profile"]["prompt_eval_ms"]
+    assert f"Of the {total_ms:.0f} ms that a new text takes Ollama, {prompt_ms:.0f} go" in WORDS
+    before, now = stored["engines"][::2], stored["engines"][1::2]
+    ratios = [f"{b['requests_per_s'] / a['requests_per_s']:.2f}" for a, b in zip(before, now, strict=True)]
+    assert f"answers {ratios[0]} times as many requests as 0.24 with one client, {ratios[1]} times with four" in WORDS
+    assert now[0]["path"] == f"ollama {stored['ollama_version']}"
 
 
 def test_every_training_speed_was_measured():

@@ -1,6 +1,9 @@
 """`flask --app app classify`: a file in, the same with columns added out, through the real service."""
 
 import csv
+import gzip
+import io
+import json
 import os
 import subprocess
 import sys
@@ -11,6 +14,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
+from hatespeech import answers, tables
 from hatespeech.serving import files
 from hatespeech.serving.store import Store
 from tests.conftest import ROOT, some_texts
@@ -147,3 +151,54 @@ def test_kill_9_in_mid_run_loses_no_row_and_doubles_none(server, run, ollama_hos
     assert {row["request_id"] for row in rows} <= {row.id for row in answered}
     assert len(answered) <= 60 + 5 * kills  # what was asked when it was killed is asked again
     assert not journal.exists()
+
+
+def test_a_file_that_another_process_classifies_is_running_here_too(client, tmp_path):
+    """Its lock on the journal tells; so it can't be deleted or started a second time."""
+    sent = {"file": (io.BytesIO(b"text\nthank you\n"), "a.csv")}
+    place = client.post("/file", data=sent).location
+    folder = tmp_path / "files" / place.rpartition("/")[2]
+    code = "import fcntl, sys\nfile = open(sys.argv[1], 'ab')\nfcntl.flock(file, fcntl.LOCK_EX)\n"
+    code += "print(1, flush=True)\ninput()"
+    command = [sys.executable, "-c", code, str(folder / "output.csv.progress")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "1\n"
+        assert client.get(f"{place}/state").get_json()["running"]
+        assert client.post(place, data={"action": "delete"}).status_code == 409
+        assert client.post(place, data={"column": "text"}).status_code == 409
+        other.communicate("\n")
+    assert not client.get(f"{place}/state").get_json()["running"]
+    assert client.post(place, data={"action": "delete"}).status_code == 303
+
+
+@pytest.mark.parametrize("name", ["rows.tsv", "rows.jsonl", "rows.csv.gz", "rows.parquet"])
+def test_every_kind_of_table_goes_through_the_service(classify, tmp_path, name):
+    source, target = tmp_path / name, tmp_path / f"out.{name.partition('.')[2]}"
+    if name.endswith(".parquet"):
+        parquet.write_table(pyarrow.table({"id": ["007"], "text": ["thank you"]}), source)
+    else:
+        content = {"rows.tsv": b"id\ttext\n007\tthank you\n", "rows.jsonl": b'{"id": "007", "text": "thank you"}\n'}
+        source.write_bytes(content.get(name) or gzip.compress(b"id,text\n007,thank you\n"))
+    done = classify(source, target, "--prefix", "model_")
+    assert done.exit_code == 0, done.output
+    table = tables.open_table(str(target))
+    (rows,) = table.batches()
+    assert rows["text"].to_pylist() == ["thank you"]
+    names = table.columns or tuple(json.loads(rows["c0"][0].as_py()))
+    assert names == ("id", "text", *(f"model_{column}" for column in answers.COLUMNS))
+
+
+def test_a_killed_run_goes_on_only_with_the_same_content(stand_in, make_client, tmp_path):
+    source, target = tmp_path / "in.csv", tmp_path / "out.csv"
+    source.write_text("text\nthank you\nsome text\n")
+    runner = make_client(stand_in.host).application.test_cli_runner()
+    stand_in.status = 500
+    assert runner.invoke(args=["classify", str(source), str(target)]).exit_code == 1
+    was = source.stat()
+    source.write_text("text\nthank you\nsame text\n")
+    os.utime(source, ns=(was.st_atime_ns, was.st_mtime_ns))
+    stand_in.status = 200
+    refused = runner.invoke(args=["classify", str(source), str(target)])
+    assert "was begun with another input" in refused.output
+    assert refused.exit_code == 1
+    assert "call it out.csv" in runner.invoke(args=["classify", str(source), str(tmp_path / "out.jsonl")]).output

@@ -18,7 +18,7 @@ import requests
 
 from hatespeech.serving.service import Busy, Gate
 from hatespeech.serving.store import ANSWERED, Store
-from tests.conftest import ROOT, free_port
+from tests.conftest import INITDB, ROOT, free_port, postgres_server, restart_postgres
 
 
 class App:
@@ -202,6 +202,111 @@ def test_kill_9_of_ollama_is_503_and_heals_without_a_restart(start, run, tmp_pat
         time.sleep(0.2)
     assert app.infer("some text").status_code == 200
     kill()
+
+
+@pytest.mark.slow
+def test_kill_9_of_ollamas_helper_heals_by_itself(start, run, tmp_path):
+    """llama-server, which Ollama starts for a model: Ollama lives on and starts it again."""
+    host = f"127.0.0.1:{free_port()}"
+    environment = os.environ | {"OLLAMA_HOST": host, "OLLAMA_MODELS": str(tmp_path / "models")}
+    quiet = {"env": environment, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    ollama = subprocess.Popen(["ollama", "serve"], start_new_session=True, **quiet)
+    try:
+        create = ["ollama", "create", "hatespeech-smollm2-135m", "-f", str(run / "Modelfile")]
+        while subprocess.run(create, **quiet).returncode:
+            time.sleep(0.2)
+        app = start(host=host)
+        for _ in range(3):
+            deadline = time.monotonic() + 60
+            while app.infer("some text").status_code != 200:
+                assert time.monotonic() < deadline
+                time.sleep(0.2)
+            for helper in psutil.Process(ollama.pid).children(recursive=True):
+                helper.kill()
+            started = time.monotonic()
+            assert app.infer("some text").status_code in (200, 503)
+            assert time.monotonic() - started < 15
+            assert requests.get(f"{app.url}/metrics", timeout=10).status_code == 200
+    finally:
+        os.killpg(ollama.pid, signal.SIGKILL)
+        ollama.wait()
+
+
+@pytest.mark.slow
+def test_a_log_that_may_only_be_read_is_503_and_health_says_so(start, tmp_path):
+    """SQLite's query_only stands in for a file system that went read-only under it."""
+    app = start()
+    assert app.infer("some text").status_code == 200
+    app.kill()
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os\nfrom sqlalchemy import event\nfrom sqlalchemy.engine import Engine\n"
+        "@event.listens_for(Engine, 'begin')\n"
+        f"def read_only(connection):\n    if os.path.exists('{tmp_path}/read-only'):\n"
+        "        connection.exec_driver_sql('PRAGMA query_only=1')\n"
+    )
+    app = start(PYTHONPATH=str(tmp_path))
+    (tmp_path / "read-only").touch()
+    refused = app.infer("some text")
+    assert (refused.status_code, "nothing is answered unlogged" in refused.text) == (503, True)
+
+
+@pytest.mark.slow
+def test_postgresql_restarted_under_load_loses_nothing_and_heals(start):
+    if not INITDB:
+        pytest.skip("no PostgreSQL server here: apt-get install postgresql")
+    with postgres_server() as url:
+        app, acknowledged, stop = start(url), [], threading.Event()
+
+        def client() -> None:
+            while not stop.is_set():
+                answer = app.infer("some text")
+                assert answer.status_code in (200, 503), answer.text
+                if answer.status_code == 200:
+                    acknowledged.append(answer.headers["X-Answer-Id"])
+                else:
+                    time.sleep(0.1)
+
+        with ThreadPoolExecutor(4) as pool:
+            clients = [pool.submit(client) for _ in range(4)]
+            for _ in range(2):
+                wanted = len(acknowledged) + 8
+                while len(acknowledged) < wanted:
+                    time.sleep(0.05)
+                restart_postgres(url)
+            wanted = len(acknowledged) + 8
+            deadline = time.monotonic() + 60
+            while len(acknowledged) < wanted and time.monotonic() < deadline:
+                time.sleep(0.05)
+            stop.set()
+            for each in clients:
+                each.result()
+        rows = {row.id: row.status for row in Store(url).latest(100_000)}
+        assert len(acknowledged) >= wanted
+        assert all(rows.get(id) == ANSWERED for id in acknowledged)
+
+
+@pytest.mark.slow
+def test_health_answers_at_once_while_64_batches_are_asked_for(start):
+    app, stop = start(), threading.Event()
+
+    def client() -> None:
+        while not stop.is_set():
+            answer = requests.post(f"{app.url}/infer/batch", json=["some text"] * 20, timeout=120)
+            if answer.status_code == 503:
+                time.sleep(0.5)
+
+    with ThreadPoolExecutor(64) as pool:
+        for _ in range(64):
+            pool.submit(client)
+        time.sleep(2)
+        waited = []
+        for _ in range(8):
+            for path in ("/healthcheck", "/metrics"):
+                started = time.monotonic()
+                assert requests.get(f"{app.url}{path}", timeout=30).status_code == 200
+                waited.append(time.monotonic() - started)
+        stop.set()
+    print(f"\nhealth and metrics under 64 batches: {max(waited):.2f} s at most")
 
 
 @pytest.mark.slow
