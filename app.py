@@ -51,7 +51,7 @@ def create_app(config: dict | None = None) -> Flask:
     app.register_error_handler(Exception, answer_error)
     for blueprint in (api.api, perspective.perspective, pages.pages):
         app.register_blueprint(blueprint)
-    commands.register(app, shared)
+    commands.register(app)
     auth.require_scopes(app)
     return app
 

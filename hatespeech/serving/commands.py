@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 from flask import Flask
-from flask.cli import AppGroup
+from flask.cli import AppGroup, with_appcontext
 from tqdm import tqdm
 
 from hatespeech import UserError, answers, runs, tables, task
@@ -19,125 +19,132 @@ from hatespeech.ollama import Ollama, OllamaError
 from hatespeech.runs import model_name
 from hatespeech.serving import files, queries
 from hatespeech.serving.auth import SCOPES
-from hatespeech.serving.parts import Parts
+from hatespeech.serving.parts import parts
+
+keys = AppGroup("keys", help="Who may use the service from elsewhere.")
+feedback = AppGroup("feedback", help="What people said of answers.")
 
 
-def register(app: Flask, parts: Parts) -> None:
-    store, service = parts.store, parts.service
-    keys = AppGroup("keys", help="Who may use the service from elsewhere.")
-    feedback = AppGroup("feedback", help="What people said of answers.")
+@keys.command("create")
+@click.argument("name")
+@click.option(
+    "--scopes",
+    default="infer",
+    show_default=True,
+    help="Separated by commas: infer (classify), read (figures and logged texts), review (decide on them).",
+)
+def create(name: str, scopes: str) -> None:
+    """Make a key and print it, this once. A key of the same name is replaced."""
+    if not re.fullmatch(r"[\w.@:-]{1,64}", name):
+        raise click.ClickException("a key's name is 1 to 64 letters, digits and . @ : - _")
+    wanted = scopes.split(",")
+    if unknown := set(wanted) - set(SCOPES):
+        raise click.ClickException(f"no such scope: {', '.join(sorted(unknown))}; there are {', '.join(SCOPES)}")
+    click.echo(parts().store.create_key(name, wanted))
 
-    @keys.command("create")
-    @click.argument("name")
-    @click.option(
-        "--scopes",
-        default="infer",
-        show_default=True,
-        help="Separated by commas: infer (classify), read (figures and logged texts), review (decide on them).",
-    )
-    def create(name: str, scopes: str) -> None:
-        """Make a key and print it, this once. A key of the same name is replaced."""
-        if not re.fullmatch(r"[\w.@:-]{1,64}", name):
-            raise click.ClickException("a key's name is 1 to 64 letters, digits and . @ : - _")
-        wanted = scopes.split(",")
-        if unknown := set(wanted) - set(SCOPES):
-            raise click.ClickException(f"no such scope: {', '.join(sorted(unknown))}; there are {', '.join(SCOPES)}")
-        click.echo(store.create_key(name, wanted))
 
-    @keys.command("list")
-    def list_keys() -> None:
-        """Names and scopes of all keys."""
-        for key in store.api_keys():
-            click.echo(f"{key.name}\t{key.scopes}\t{key.created_at:%Y-%m-%d}")
+@keys.command("list")
+def list_keys() -> None:
+    """Names and scopes of all keys."""
+    for key in parts().store.api_keys():
+        click.echo(f"{key.name}\t{key.scopes}\t{key.created_at:%Y-%m-%d}")
 
-    @keys.command("delete")
-    @click.argument("name")
-    def delete(name: str) -> None:
-        """Take a key back."""
-        if not store.delete_key(name):
-            raise click.ClickException(f"no key is named {name}")
 
-    @feedback.command("export")
-    @click.option("--format", "kind", type=click.Choice(["csv", "jsonl"]), default="csv", show_default=True)
-    def export_feedback(kind: str) -> None:
-        """Write the newest feedback on each request to standard output, as rows that train takes.
+@keys.command("delete")
+@click.argument("name")
+def delete(name: str) -> None:
+    """Take a key back."""
+    if not parts().store.delete_key(name):
+        raise click.ClickException(f"no key is named {name}")
 
-        \b
-        flask --app app feedback export > feedback.csv
-        python -m train --dataset feedback.csv --output results/from-feedback
 
-        A row has a score only where a person gave one; the label is what they said, or the score's class. The rows are
-        people's corrections, not gold.
-        """
-        columns = ["comment_id", "text", "hate_speech_score", "label", "note"]
-        writer = csv.DictWriter(sys.stdout, columns)
-        if kind == "csv":
-            writer.writeheader()
-        for asked, said in store.newest_feedback():
-            label = said.label or task.label_of(said.score)  # a score came with a label of its class, or with none
-            row = dict(zip(columns, (asked.id, asked.text, said.score, label, said.note), strict=True))
-            writer.writerow(row) if kind == "csv" else click.echo(json.dumps(row, ensure_ascii=False))
+@feedback.command("export")
+@click.option("--format", "kind", type=click.Choice(["csv", "jsonl"]), default="csv", show_default=True)
+def export_feedback(kind: str) -> None:
+    """Write the newest feedback on each request to standard output, as rows that train takes.
 
-    @app.cli.command("classify")
-    @click.argument("source")
-    @click.argument("target", type=click.Path(path_type=Path))
-    @click.option("--text-column", default="text", show_default=True)
-    @click.option("--delimiter", help="Between a CSV's fields, where it is not what the header has most of.")
-    @click.option("--encoding", help="Of a CSV that is not UTF-8, e.g. cp1252.")
-    @click.option("--prefix", default="", help="Before the names of the columns that are added, e.g. model_.")
-    def classify(source: str, target: Path, text_column: str, delimiter: str, encoding: str, prefix: str) -> None:
-        """Classify the rows of SOURCE and write them to TARGET with columns added.
+    \b
+    flask --app app feedback export > feedback.csv
+    python -m train --dataset feedback.csv --output results/from-feedback
 
-        SOURCE is a table (CSV, JSONL or Parquet, also compressed) or a folder of tables; TARGET is of the same kind.
-        Every text goes through the service and its log. Killed or stopped, the same command goes on where it was.
-        """
-        added = [prefix + name for name in answers.COLUMNS]
-        try:
-            table = tables.open_table(
-                source, text_column=text_column, delimiter=delimiter, encoding=encoding, added=added
-            )
-            click.echo(f"{source}: {table.described()}", err=True)
-            with tqdm(total=files.count(table), desc="classifying", unit="row") as bar:
-                done = files.classify(service, table, target, prefix=prefix, advance=bar.update)
-        except (OllamaError, UserError, OSError) as error:
-            raise click.ClickException(str(error)) from error
-        for reason in done["wrong"]:
-            click.echo(reason, err=True)
-        click.echo(f"{target}: {done['rows']} rows, {len(done['wrong'])} of them without a label")
+    A row has a score only where a person gave one; the label is what they said, or the score's class. The rows are
+    people's corrections, not gold.
+    """
+    columns = ["comment_id", "text", "hate_speech_score", "label", "note"]
+    writer = csv.DictWriter(sys.stdout, columns)
+    if kind == "csv":
+        writer.writeheader()
+    for asked, said in parts().store.newest_feedback():
+        label = said.label or task.label_of(said.score)  # a score came with a label of its class, or with none
+        row = dict(zip(columns, (asked.id, asked.text, said.score, label, said.note), strict=True))
+        writer.writerow(row) if kind == "csv" else click.echo(json.dumps(row, ensure_ascii=False))
 
-    @app.cli.command("replay")
-    @click.option("--model-dir", type=click.Path(exists=True, file_okay=False, path_type=Path), required=True)
-    def replay(model_dir: Path) -> None:
-        """Ask another run, which Ollama must serve, about the logged texts, and report what would change."""
-        changes, n_texts = Counter(), 0
-        try:
-            tokens = tuple(runs.read_settings(model_dir)["label_tokens"])
-            other = Ollama(parts.settings.hosts[0], model_name(model_dir), tokens, parts.settings.ollama_timeout_s)
-            calibration, why_not = Calibration.for_weights(Calibration.of_run(model_dir), other.weights_sha256())
-            if why_not:
-                click.echo(f"uncalibrated: {why_not}", err=True)
-            for asked in tqdm(store.answered(), desc="replaying", unit="text"):
-                probabilities = other.classify(asked.text).probabilities
-                probabilities = calibration.apply(probabilities) if calibration else probabilities
-                changes[asked.label, task.decide(probabilities)] += 1
-                n_texts += 1
-        except (OllamaError, UserError) as error:
-            raise click.ClickException(str(error)) from error
-        changed = sum(count for (was, is_), count in changes.items() if was != is_)
-        click.echo(f"{changed} of {n_texts} answers would change")
-        for (was, is_), count in sorted(changes.items()):
-            click.echo(f"{was} -> {is_}\t{count}")
 
-    @app.cli.command("purge")
-    @click.option("--older-than", required=True, metavar="AGE", help="E.g. 30d, 12h.")
-    def purge(older_than: str) -> None:
-        """Delete old requests, with the feedback on them."""
-        found = re.fullmatch(r"(\d{1,5})([dh])", older_than)
-        if not found:
-            raise click.ClickException(f"an age is a number of days or hours, 30d or 12h, not {older_than}")
-        age = timedelta(**{{"d": "days", "h": "hours"}[found[2]]: int(found[1])})
-        queries.roll_up(store)  # the counts by hour stay
-        click.echo(f"{store.purge(age)} requests deleted")
+@click.command("classify")
+@with_appcontext
+@click.argument("source")
+@click.argument("target", type=click.Path(path_type=Path))
+@click.option("--text-column", default="text", show_default=True)
+@click.option("--delimiter", help="Between a CSV's fields, where it is not what the header has most of.")
+@click.option("--encoding", help="Of a CSV that is not UTF-8, e.g. cp1252.")
+@click.option("--prefix", default="", help="Before the names of the columns that are added, e.g. model_.")
+def classify(source: str, target: Path, text_column: str, delimiter: str, encoding: str, prefix: str) -> None:
+    """Classify the rows of SOURCE and write them to TARGET with columns added.
 
-    app.cli.add_command(keys)
-    app.cli.add_command(feedback)
+    SOURCE is a table (CSV, JSONL or Parquet, also compressed) or a folder of tables; TARGET is of the same kind.
+    Every text goes through the service and its log. Killed or stopped, the same command goes on where it was.
+    """
+    added = [prefix + name for name in answers.COLUMNS]
+    try:
+        table = tables.open_table(source, text_column=text_column, delimiter=delimiter, encoding=encoding, added=added)
+        click.echo(f"{source}: {table.described()}", err=True)
+        with tqdm(total=files.count(table), desc="classifying", unit="row") as bar:
+            done = files.classify(parts().service, table, target, prefix=prefix, advance=bar.update)
+    except (OllamaError, UserError, OSError) as error:
+        raise click.ClickException(str(error)) from error
+    for reason in done["wrong"]:
+        click.echo(reason, err=True)
+    click.echo(f"{target}: {done['rows']} rows, {len(done['wrong'])} of them without a label")
+
+
+@click.command("replay")
+@with_appcontext
+@click.option("--model-dir", type=click.Path(exists=True, file_okay=False, path_type=Path), required=True)
+def replay(model_dir: Path) -> None:
+    """Ask another run, which Ollama must serve, about the logged texts, and report what would change."""
+    changes, n_texts = Counter(), 0
+    try:
+        tokens = tuple(runs.read_settings(model_dir)["label_tokens"])
+        other = Ollama(parts().settings.hosts[0], model_name(model_dir), tokens, parts().settings.ollama_timeout_s)
+        calibration, why_not = Calibration.for_weights(Calibration.of_run(model_dir), other.weights_sha256())
+        if why_not:
+            click.echo(f"uncalibrated: {why_not}", err=True)
+        for asked in tqdm(parts().store.answered(), desc="replaying", unit="text"):
+            probabilities = other.classify(asked.text).probabilities
+            probabilities = calibration.apply(probabilities) if calibration else probabilities
+            changes[asked.label, task.decide(probabilities)] += 1
+            n_texts += 1
+    except (OllamaError, UserError) as error:
+        raise click.ClickException(str(error)) from error
+    changed = sum(count for (was, is_), count in changes.items() if was != is_)
+    click.echo(f"{changed} of {n_texts} answers would change")
+    for (was, is_), count in sorted(changes.items()):
+        click.echo(f"{was} -> {is_}\t{count}")
+
+
+@click.command("purge")
+@with_appcontext
+@click.option("--older-than", required=True, metavar="AGE", help="E.g. 30d, 12h.")
+def purge(older_than: str) -> None:
+    """Delete old requests, with the feedback on them."""
+    found = re.fullmatch(r"(\d{1,5})([dh])", older_than)
+    if not found:
+        raise click.ClickException(f"an age is a number of days or hours, 30d or 12h, not {older_than}")
+    age = timedelta(**{{"d": "days", "h": "hours"}[found[2]]: int(found[1])})
+    queries.roll_up(parts().store)  # the counts by hour stay
+    click.echo(f"{parts().store.purge(age)} requests deleted")
+
+
+def register(app: Flask) -> None:
+    for command in (keys, feedback, classify, replay, purge):
+        app.cli.add_command(command)

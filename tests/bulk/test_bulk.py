@@ -163,6 +163,73 @@ def test_what_a_worker_fails_of_is_told(ray, run, stand_in, tmp_path):
         bulk.run(str(source), str(tmp_path / "out"), model_dir=str(RUN), hosts=[stand_in.host])
 
 
+@pytest.fixture
+def bucket(monkeypatch) -> str:
+    """An empty bucket of moto's server, which speaks as S3 does."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    options = {"key": "any", "secret": "any", "endpoint_url": f"http://{host}:{port}"}
+    monkeypatch.setitem(fsspec.config.conf, "s3", options)
+    fsspec.filesystem("s3").mkdir("comments")
+    yield "s3://comments"
+    server.stop()
+
+
+def test_a_bucket_is_read_and_a_fresh_prefix_of_it_written(ray, run, server, ollama_host, bucket):
+    s3, options = fsspec.filesystem("s3"), {"model_dir": str(run), "hosts": [ollama_host]}
+    s3.pipe_file("comments/in/a.csv", b"id,text\n001,thank you\n")
+    s3.pipe_file("comments/in/b.csv", b"id,text\n002,some text\n")
+    state = bulk.run(f"{bucket}/in", f"{bucket}/new/prefix", **options)
+    assert (state["finished"], sum(state["rows"])) == (True, 2)
+    parts = [s3.cat_file(path).decode() for path in s3.glob("comments/new/prefix/part-*")]
+    assert sorted(line[:3] for part in parts for line in part.splitlines()[1:]) == ["001", "002"]
+    s3.pipe_file("comments/in/b.csv", b"id,text\n002,same text\n")  # of the same length: its ETag is another
+    with pytest.raises(UserError, match="begun with another input"):
+        bulk.run(f"{bucket}/in", f"{bucket}/new/prefix", **options)
+    with pytest.raises(UserError, match="no such file"):
+        bulk.run(f"{bucket}/none", f"{bucket}/other", **options)
+
+
+@pytest.mark.parametrize(
+    ("files", "reason"),
+    [
+        ({"a.csv": b'id,text\n1,a\n2,"b\n3,c\n'}, r"a.csv, line 3: a quote that opens in this row is not closed"),
+        (
+            {"a.jsonl": b'{"text": "a"}\n{"text": "b", "score": 412}\n'},
+            r"a.jsonl, line 2 has columns that would be added",
+        ),
+        ({"a.csv": b"id,text\n1,a\n", "b.csv": b"id,body\n2,b\n"}, r"b.csv: no column text"),
+    ],
+)
+def test_what_can_not_be_read_is_named_before_anything_is_computed(
+    ray, run, server, ollama_host, tmp_path, files, reason
+):
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=reason):
+        bulk.run(str(tmp_path), str(tmp_path / "out"), model_dir=str(run), hosts=[ollama_host])
+    assert not list(tmp_path.glob("out/part-*"))
+
+
+def test_rows_that_can_not_be_read_keep_their_fields(ray, run, server, ollama_host, tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.csv").write_bytes(b"id,text\n007,caf\xe9\n008,a, b\n009,thank you\n")
+    (tmp_path / "in" / "b.csv").write_bytes(b"id,text,posted\n010,thanks,2024-01-05T10:00:00\n")
+    (tmp_path / "in" / "c.csv").write_bytes(b"")
+    bulk.run(str(tmp_path / "in"), str(tmp_path / "out"), model_dir=str(run), hosts=[ollama_host], prefix="m_")
+    lines = b"".join(path.read_bytes() for path in sorted(tmp_path.glob("out/part-*"))).split(b"\n")
+    assert lines[0].startswith(b"id,text,posted,m_label,m_p_hate")
+    found = {line[:3]: line for line in lines[1:] if line}
+    assert found[b"007"].startswith(b"007,caf\xe9,,,")
+    assert b"not UTF-8" in found[b"007"]
+    assert found[b"008"].startswith(b'008,"a, b",,,') or found[b"008"].startswith(b'008,"a, b"')
+    assert b"3 fields, where the header has 2" in found[b"008"]
+    assert found[b"010"].startswith(b"010,thanks,2024-01-05T10:00:00,")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("n_texts", [250, pytest.param(1000, marks=pytest.mark.long)])
 def test_many_texts_get_the_services_answers(run, server, n_texts):

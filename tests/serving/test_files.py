@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow
@@ -202,3 +203,18 @@ def test_a_killed_run_goes_on_only_with_the_same_content(stand_in, make_client, 
     assert "was begun with another input" in refused.output
     assert refused.exit_code == 1
     assert "call it out.csv" in runner.invoke(args=["classify", str(source), str(tmp_path / "out.jsonl")]).output
+
+
+def test_of_two_starts_at_once_one_runs(client, stand_in, make_client, tmp_path):
+    stand_in.delay_s = 0.5
+    slow = make_client(stand_in.host)
+    place = slow.post("/file", data={"file": (io.BytesIO(b"text\na\nb\nc\n"), "a.csv")}).location
+
+    def start(_) -> int:
+        return slow.application.test_client().post(place, data={"column": "text"}).status_code
+
+    with ThreadPoolExecutor(4) as pool:
+        assert sorted(pool.map(start, range(4))) == [303, 409, 409, 409]
+    while slow.get(f"{place}/state").get_json()["running"]:
+        time.sleep(0.1)
+    assert len(slow.get(f"{place}/download").text.splitlines()) == 4

@@ -1,9 +1,12 @@
 """What the report and the review ask of the log, on SQLite and on a real PostgreSQL."""
 
+import csv
+import io
 import json
 import sqlite3
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
+from urllib.parse import urlencode
 
 import numpy as np
 import pytest
@@ -249,7 +252,12 @@ def test_drift_is_dated(log, clock):
 def test_what_is_no_time_or_label_is_refused(client):
     for path in ("/report.json?since=yesterday", "/report?since=2026-01-02&until=2026-01-01", "/review?label=Nice"):
         assert client.get(path).status_code == 400
-    assert client.get("/review?after=x,y").status_code == 400
+    for path in ("/review?after=x,y", "/review?low=nan", "/review?high=inf", "/review.csv?low=x", "/review?words=%00"):
+        assert client.get(path).status_code == 400
+    for path in ("/report?until=9999-12-31T23:59:59-23:59", "/report.json?since=0001-01-01", "/report.json?model=%00"):
+        assert client.get(path).status_code == 400
+    long = "/review?" + urlencode({"words": '"' * 5000 + "a" * 20_000, "decided": "all"})
+    assert client.get(long).status_code == 200
     assert client.get("/report.json?since=2026-01-01T00:00%2B01:00").get_json()["since"] == "2025-12-31T23:00:00"
 
 
@@ -259,3 +267,18 @@ def test_a_decision_sent_from_another_site_is_refused(client):
     assert client.post("/review", **sent, headers={"Origin": "https://elsewhere.example"}).status_code == 403
     assert client.post("/file", headers={"Sec-Fetch-Site": "cross-site"}).status_code == 403
     assert client.post("/review", **sent, headers={"Sec-Fetch-Site": "same-origin"}).status_code == 303
+
+
+FORMULAS = ("=1+1", "+1", "-1", "@SUM(A1)", "\t=1+1", "\r=1+1", "'=1+1", "plain")
+
+
+def test_what_a_spreadsheet_takes_for_a_formula_is_made_none_in_the_export_for_people(client):
+    for text in FORMULAS:
+        assert client.post("/infer", json={"text": text}).status_code == 200
+    export = client.get("/review.csv?decided=all")
+    texts = {row["text"] for row in csv.DictReader(io.StringIO(export.text, newline=""))}
+    assert texts == {text if text[0] in "'p" else f"'{text}" for text in FORMULAS}
+    assert "apostrophe" in export.headers["X-Formulas"]
+    raw = client.get("/review.csv?decided=all&raw=1")
+    assert {row["text"] for row in csv.DictReader(io.StringIO(raw.text, newline=""))} == set(FORMULAS)
+    assert "apostrophe" in client.get("/review").text  # who exports by hand is told

@@ -1,10 +1,12 @@
 import hashlib
+import shutil
 import sqlite3
 import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import psutil
 import pytest
 from sqlalchemy.exc import OperationalError
 
@@ -89,3 +91,33 @@ def test_check_fails_where_there_is_no_log(store):
     Base.metadata.drop_all(store.engine)
     with pytest.raises(OperationalError):
         store.check()
+
+
+def test_a_step_of_the_wall_clock_makes_no_live_process_dead(store, monkeypatch):
+    """What a process is known by does not change when the clock is set; its row stays its own."""
+    request_id = store.received(b"being asked", "m")
+    created = psutil.Process.create_time
+    monkeypatch.setattr(psutil.Process, "create_time", lambda process: created(process) + 3600)
+    again = Store(str(store.engine.url))
+    assert again.process == store.process
+    assert [(row.id, row.status) for row in again.latest()] == [(request_id, RECEIVED)]
+
+
+def test_a_row_of_a_process_that_is_gone_is_interrupted(store, monkeypatch):
+    host, pid, start = store.process.split(":")
+    for gone in (f"{host}:{pid}:{start}9", f"{host}:999999999:{start}"):  # its pid was given again; there is none
+        monkeypatch.setattr(store, "process", gone)
+        store.received(b"lost", "m")
+    monkeypatch.setattr(store, "process", f"elsewhere:{pid}:{start}")
+    store.received(b"on another machine", "m")
+    statuses = {row.text: row.status for row in Store(str(store.engine.url)).latest()}
+    assert statuses == {"lost": "interrupted", "on another machine": RECEIVED}
+
+
+def test_a_percent_sign_in_the_checkouts_path_is_no_variable(tmp_path):
+    checkout = tmp_path / "50% done"
+    shutil.copytree(ROOT / "hatespeech", checkout / "hatespeech", ignore=shutil.ignore_patterns("__pycache__"))
+    code = "from hatespeech.serving.store import Store; import hatespeech; print(hatespeech.__file__); Store('sqlite:///a.db')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=checkout, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "50% done" in done.stdout
