@@ -22,7 +22,7 @@ from werkzeug.exceptions import HTTPException, Unauthorized
 from hatespeech import runs
 from hatespeech.hosts import Hosts
 from hatespeech.ollama import Ollama
-from hatespeech.serving import api, auth, commands, pages, perspective, reporting, settings
+from hatespeech.serving import api, auth, commands, moderations, pages, perspective, reporting, settings
 from hatespeech.serving.metrics import Metrics
 from hatespeech.serving.parts import Parts, parts
 from hatespeech.serving.service import Busy, Gate, Service, status_of
@@ -49,7 +49,7 @@ def create_app(config: dict | None = None) -> Flask:
     auth.register(app, shared.store, chosen)
     app.after_request(end)
     app.register_error_handler(Exception, answer_error)
-    for blueprint in (api.api, perspective.perspective, pages.pages):
+    for blueprint in (api.api, perspective.perspective, moderations.moderations, pages.pages):
         app.register_blueprint(blueprint)
     commands.register(app)
     auth.require_scopes(app)
@@ -113,6 +113,8 @@ def answer_error(error: Exception) -> Response:
         headers["Allow"] = ", ".join(sorted(error.valid_methods or []))
     if request.blueprint == "pages":
         return pages.error_response(status, detail, headers)
+    if request.blueprint == "moderations":
+        return moderations.error_response(status, detail, headers)
     if request.path.startswith("/v1alpha1/"):
         return perspective.error_response(status, detail, headers)
     return api.error_response(status, detail, headers)

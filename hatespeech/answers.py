@@ -36,6 +36,11 @@ class Verdict:
     abstain: bool | None
     flagged: bool | None
 
+    @property
+    def by_label(self) -> dict[str, float]:
+        """The probabilities by their labels."""
+        return dict(zip(task.LABELS, self.probabilities, strict=True))
+
 
 def verdicts(
     probabilities: np.ndarray | Sequence[Sequence[float]],
@@ -75,10 +80,9 @@ def threshold(calibration: Calibration | None, flag_above: float | None) -> floa
 
 def as_columns(verdict: Verdict, request_id: str = "") -> dict:
     """A row's COLUMNS."""
-    by_label = zip(task.LABELS, verdict.probabilities, strict=True)
     return {
         "label": verdict.label,
-        **{f"p_{label.lower()}": round(p, 6) for label, p in by_label},
+        **{f"p_{label.lower()}": round(p, 6) for label, p in verdict.by_label.items()},
         "score": round(verdict.score, 4),
         "confidence": round(verdict.confidence, 6),
         "abstain": verdict.abstain,

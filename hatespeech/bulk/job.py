@@ -76,8 +76,8 @@ def buckets(texts: Sequence[str | None]) -> np.ndarray:
     return (hashes % N_BUCKETS).astype(np.int32)
 
 
-class Score:
-    """A worker: scores parts, and writes each to its file."""
+class PartWriter:
+    """A worker: classifies parts, and writes each to its file."""
 
     def __init__(self, job: Job):
         self._job, run = job, Path(job.run)
@@ -104,8 +104,14 @@ class Score:
         found = self._answers(list(distinct))
         added = {self._job.prefix + name: [found[distinct[each]][name] for each in asked] for name in answers.COLUMNS}
         self._write(rows, added, part)
-        told = {"part": part, "rows": len(asked), "distinct": len(distinct), "started": started, "ended": time.time()}
-        return pyarrow.table({name: [value] for name, value in told.items()})
+        reports = {
+            "part": part,
+            "rows": len(asked),
+            "distinct": len(distinct),
+            "started": started,
+            "ended": time.time(),
+        }
+        return pyarrow.table({name: [value] for name, value in reports.items()})
 
     def _answers(self, asked: list[tuple[str | None, str]]) -> list[dict]:
         """Columns of (text, error) pairs. A text that can't be classified has an error, and nothing else."""
@@ -214,8 +220,8 @@ def run(
         n_parts=len(expected),
         prefix=prefix,
     )
-    left = np.array([n_rows > 0 and not out.exists(job.path(part)) for part, n_rows in enumerate(expected)])
-    scored = _score(ray, rows, job, left, expected, workers) if left.any() else {}
+    missing = np.array([n_rows > 0 and not out.exists(job.path(part)) for part, n_rows in enumerate(expected)])
+    scored = _score(ray, rows, job, missing, expected, workers) if missing.any() else {}
     for path in out.glob(f"{folder}/_*"):  # what killed workers left
         if not path.endswith(PROVENANCE):
             out.rm(path)
@@ -224,38 +230,38 @@ def run(
     return state | ({"scored": scored} if scored else {})
 
 
-def _score(ray, rows, job: Job, left: np.ndarray, expected: list[int], workers: int) -> dict:
+def _score(ray, rows, job: Job, missing: np.ndarray, expected: list[int], workers: int) -> dict:
     from tqdm import tqdm
 
     scored = (
-        rows.map_batches(_deal, fn_args=[job, left], batch_format="pyarrow", batch_size=None)
+        rows.map_batches(_with_part, fn_args=[job, missing], batch_format="pyarrow", batch_size=None)
         .groupby("part", num_partitions=job.n_parts)
         .map_groups(
-            Score,
+            PartWriter,
             fn_constructor_args=[job],
             batch_format="pyarrow",
-            concurrency=min(workers, int(left.sum())),
+            concurrency=min(workers, int(missing.sum())),
             scheduling_strategy="SPREAD",
             **({"num_gpus": job.n_gpus} if job.n_gpus else {"num_cpus": CPUS_PER_WORKER}),
         )
     )
-    total, done = sum(expected), sum(n for n, is_left in zip(expected, left, strict=True) if not is_left)
+    total, done = sum(expected), sum(n for n, is_missing in zip(expected, missing, strict=True) if not is_missing)
     with tqdm(total=total, initial=done, desc="scoring", unit="row", mininterval=1.0) as progress:
-        told, distinct = {}, 0
+        reports, distinct = {}, 0
         with _failures_named(ray, "What is scored is kept: the same command goes on"):
             for part in scored.iter_rows():
-                told[part["part"]] = part
+                reports[part["part"]] = part
                 distinct += part["distinct"]
                 progress.update(part["rows"])
                 progress.set_postfix(distinct=distinct)
-    wrong = [part for part in np.flatnonzero(left) if part not in told or told[part]["rows"] != expected[part]]
+    wrong = [part for part in np.flatnonzero(missing) if part not in reports or reports[part]["rows"] != expected[part]]
     if wrong:
         for part in wrong:
             if job.filesystem.exists(job.path(part)):
                 job.filesystem.rm(job.path(part))
         raise UserError(f"{len(wrong)} parts have not the rows they should have: the same command makes them again")
-    sums = {name: sum(part[name] for part in told.values()) for name in ("rows", "distinct")}
-    started, ended = min(part["started"] for part in told.values()), max(part["ended"] for part in told.values())
+    sums = {name: sum(part[name] for part in reports.values()) for name in ("rows", "distinct")}
+    started, ended = min(part["started"] for part in reports.values()), max(part["ended"] for part in reports.values())
     return sums | {"seconds": round(ended - started, 2)}
 
 
@@ -272,12 +278,12 @@ def _read(ray, table: Table):
     return numbers.map_batches(read, batch_format="numpy", batch_size=None)
 
 
-def _deal(block, job: Job, left: np.ndarray):
+def _with_part(block, job: Job, missing: np.ndarray):
     """The block's rows whose part is left to do, with its number."""
     import pyarrow
 
     parts = job.part_of(buckets(block["text"].to_pylist()))
-    return block.append_column("part", pyarrow.array(parts)).filter(pyarrow.array(left[parts]))
+    return block.append_column("part", pyarrow.array(parts)).filter(pyarrow.array(missing[parts]))
 
 
 def _count(ray, rows) -> np.ndarray:

@@ -109,7 +109,7 @@ def _lines(items: list) -> Iterator[str]:
         try:
             if reason := openapi.schema_error("Text", value):
                 raise refused(sent, reason)
-            line = classified(value["text"].encode(), patient=True).as_json(value.get("id"))
+            line = classified(value["text"].encode(), wait_for_queue=True).as_json(value.get("id"))
         except (HTTPException, OllamaError, Busy, SQLAlchemyError) as error:
             line = problem(*status_of(error))
             if isinstance(value, dict) and isinstance(value.get("id"), str | int):

@@ -31,6 +31,7 @@ SCOPES_OF = {
     "api.metrics": ("read",),
     "api.report": ("read",),
     "api.healthcheck": OPEN,
+    "moderations.moderate": ("infer",),
     "perspective.discovery": OPEN,
     "api.specification": OPEN,
     "pages.static": OPEN,

@@ -22,7 +22,7 @@ ROUTE = "classify"  # of these rows in the log
 def classify(service: Service, table: Table, target: Path, *, prefix: str = "", advance: Callable[[int], None]) -> dict:
     """Write target: the table's rows and, for each, the service's answer in columns of answers.COLUMNS.
 
-    A row without a usable text gets its `error`, and no label. As many are asked at a time as the gate has places.
+    A row without a usable text gets its `error`, and no label. As many are asked at a time as the gate has slots.
     prefix: before the names of what is added. advance is told how many rows are done, those of an earlier start at
     once. Returns {"rows", "wrong": what was wrong with rows, by line}.
     Raises UserError: target there already or of another kind than the table, a journal of another input or model, and
@@ -34,7 +34,7 @@ def classify(service: Service, table: Table, target: Path, *, prefix: str = "", 
         raise UserError(f"{target}: rows are written as they were read: call it {target.stem}{table.ending}")
     key = service.provenance() | {"input": tables.content_of(table), "read_as": table.described()}
     key |= {"column": table.text_column, "prefix": prefix}
-    with open(journal_of(target), "a+b") as journal, ThreadPoolExecutor(service.gate.places) as pool:
+    with open(journal_of(target), "a+b") as journal, ThreadPoolExecutor(service.gate.slots) as pool:
         try:
             fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -60,7 +60,7 @@ def classify(service: Service, table: Table, target: Path, *, prefix: str = "", 
         for number, (where, text, error) in enumerate(_rows(table)):
             if number >= n_done + len(pending):
                 pending.append((where, pool.submit(_answer, service, text, error)))
-                if len(pending) > service.gate.places:
+                if len(pending) > service.gate.slots:
                     take()
         while pending:
             take()
@@ -110,7 +110,7 @@ def _answer(service: Service, text: str | None, error: str) -> dict:
     if error:
         return answers.error_columns(error)
     try:
-        answer = service.classify((text or "").encode(), route=ROUTE, patient=True)
+        answer = service.classify((text or "").encode(), route=ROUTE, wait_for_queue=True)
     except Exception as error:
         status, reason = status_of(error)
         if status >= 500:

@@ -14,7 +14,7 @@ except UserError as error:
 # One process: the gate before Ollama, the metrics and the files of the page are a process's own. Several machines, or
 # several ports, take several services (docs/several-machines.md).
 workers = 1
-# So many that all places, the queue and the batches leave some to refuse the rest at once and to answer health checks.
+# So many that all slots, the queue and the batches leave some to refuse the rest at once and to answer health checks.
 threads = len(_settings.hosts) * _settings.max_in_flight + _settings.max_queue + MAX_BATCHES + 12
 # Longer than clients wait between two requests: a connection closed under a client's hands is a request lost to it.
 keepalive = 75

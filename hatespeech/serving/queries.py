@@ -15,14 +15,14 @@ from hatespeech.serving import store as log
 from hatespeech.serving.store import Feedback, Request, RolledUp, Store, Tally, tallies_of, tally_rows
 
 # The newest feedback on a request, as a label; of a score alone, its class; null where there is none or it was undone.
-_SAID = case(
+_FEEDBACK_LABEL = case(
     (Feedback.label.is_not(None), Feedback.label),
     (Feedback.score > task.HATE_ABOVE, "Hate"),
     (Feedback.score < task.SUPPORTIVE_BELOW, "Supportive"),
     (Feedback.score.is_not(None), "Neutral"),
 )
-SAID = (
-    select(_SAID)
+NEWEST_FEEDBACK = (
+    select(_FEEDBACK_LABEL)
     .where(Feedback.request_id == Request.id)
     .order_by(Feedback.id.desc())
     .limit(1)
@@ -130,14 +130,14 @@ def repeated(store: Store, span: Span, limit: int = 10) -> list[dict]:
 def agreement(store: Store, span: Span) -> tuple[int, int]:
     """Of the answers that people said something of: on how many they agree, and how many these are."""
     newest = select(func.max(Feedback.id)).group_by(Feedback.request_id)
-    rows = select(Request.label, _SAID.label("said")).select_from(Feedback).join(Request)
+    rows = select(Request.label, _FEEDBACK_LABEL.label("corrected")).select_from(Feedback).join(Request)
     rows = rows.where(Feedback.id.in_(newest), Request.label.is_not(None), *_in_time(span))
     if span.model_digest:
         rows = rows.where(Request.model_digest == span.model_digest)
     rows = rows.subquery()
-    not_hate = and_(rows.c.said == task.NOT_HATE, rows.c.label != "Hate")
-    agrees = or_(rows.c.label == rows.c.said, not_hate)
-    asked = select(func.sum(case((agrees, 1), else_=0)), func.count(rows.c.said))
+    not_hate = and_(rows.c.corrected == task.NOT_HATE, rows.c.label != "Hate")
+    agrees = or_(rows.c.label == rows.c.corrected, not_hate)
+    asked = select(func.sum(case((agrees, 1), else_=0)), func.count(rows.c.corrected))
     with store.reading() as session:
         agreed, n = session.execute(asked).one()
     return int(agreed or 0), n
@@ -170,7 +170,7 @@ class Filter:
         if self.words.strip():
             asked = asked.where(_matches(store, self.words))
         if self.decided != "all":
-            asked = asked.where(SAID.is_(None) if self.decided == "open" else SAID.is_not(None))
+            asked = asked.where(NEWEST_FEEDBACK.is_(None) if self.decided == "open" else NEWEST_FEEDBACK.is_not(None))
         return asked
 
 
@@ -188,7 +188,7 @@ def least_sure(
     store: Store, chosen: Filter, after: tuple[float, str] | None = None, limit: int = 1
 ) -> list[tuple[Request, str | None]]:
     """Answers and what people said of them, the least sure first. after: (confidence, id) of the last one seen."""
-    asked = chosen.apply(store, select(Request, SAID))
+    asked = chosen.apply(store, select(Request, NEWEST_FEEDBACK))
     if after:
         asked = asked.where(tuple_(Request.confidence, Request.id) > after)
     with store.reading() as session:
@@ -213,7 +213,7 @@ def exported(store: Store, chosen: Filter, page: int = 1_000) -> Iterator[tuple]
     columns = [
         cast(getattr(Request, name), String) if name == "received_at" else getattr(Request, name) for name in EXPORTED
     ]
-    asked = chosen.apply(store, select(*columns, SAID)).order_by(Request.confidence, Request.id).limit(page)
+    asked = chosen.apply(store, select(*columns, NEWEST_FEEDBACK)).order_by(Request.confidence, Request.id).limit(page)
     after = None
     while True:
         with store.reading() as session:

@@ -20,7 +20,7 @@ from hatespeech.serving.store import ANSWERED, FAILED, REFUSED, Store
 
 
 class Busy(Exception):
-    """All places at Ollama and in the queue are taken."""
+    """All slots at Ollama and in the queue are taken."""
 
     retry_after_s = 1
 
@@ -36,11 +36,6 @@ class Answer(Verdict):
     model: dict
     duration_ms: float
     cut_to: int | None = None
-
-    @property
-    def by_label(self) -> dict[str, float]:
-        """The probabilities by their labels."""
-        return dict(zip(task.LABELS, self.probabilities, strict=True))
 
     def as_json(self, their_id: object = None) -> dict:
         """their_id: what whoever asked calls the text, if anything."""
@@ -64,23 +59,23 @@ class Standing:
 
 
 class Gate:
-    """At most `places` callers inside and `queue` waiting; the next one is Busy. Ollama's own queue has no bound."""
+    """At most `slots` callers inside and `queue` waiting; the next one is Busy. Ollama's own queue has no bound."""
 
-    def __init__(self, places: int, queue: int, timeout_s: float):
-        self._places, self._room = threading.Semaphore(places), threading.Semaphore(places + queue)
-        self.places, self.timeout_s, self._lock = places, timeout_s, threading.Lock()
+    def __init__(self, slots: int, queue: int, timeout_s: float):
+        self._slots, self._queue = threading.Semaphore(slots), threading.Semaphore(slots + queue)
+        self.slots, self.timeout_s, self._lock = slots, timeout_s, threading.Lock()
         self.inside, self.waiting = 0, 0
 
     @contextmanager
-    def place(self, patient: bool = False) -> Iterator[None]:
-        """A place inside, while the block runs. patient: wait for room in the queue as well. Raises Busy."""
-        if not self._room.acquire(timeout=self.timeout_s if patient else 0):
+    def slot(self, wait_for_queue: bool = False) -> Iterator[None]:
+        """A slot, while the block runs. wait_for_queue: wait where the queue is full, too. Raises Busy."""
+        if not self._queue.acquire(timeout=self.timeout_s if wait_for_queue else 0):
             raise Busy("too many requests are waiting")
         try:
             self._count(waiting=1)
             try:
-                if not self._places.acquire(timeout=self.timeout_s):
-                    raise Busy(f"no place at Ollama came free within {self.timeout_s:g} s")
+                if not self._slots.acquire(timeout=self.timeout_s):
+                    raise Busy(f"no slot at Ollama came free within {self.timeout_s:g} s")
             finally:
                 self._count(waiting=-1)
             try:
@@ -88,9 +83,9 @@ class Gate:
                 yield
             finally:
                 self._count(inside=-1)
-                self._places.release()
+                self._slots.release()
         finally:
-            self._room.release()
+            self._queue.release()
 
     def _count(self, inside: int = 0, waiting: int = 0) -> None:
         with self._lock:
@@ -125,14 +120,14 @@ class Service:
         *,
         route: str,
         api_key: str | None = None,
-        patient: bool = False,
+        wait_for_queue: bool = False,
         keep_text: bool = True,
         truncate: bool = False,
     ) -> Answer:
         """Log, classify, log, answer.
 
-        patient: for an item of a batch, which waits where a caller would be sent away. keep_text: False where the log
-        is to forget the text. truncate: a text that is too long is cut, where it would be refused.
+        wait_for_queue: for an item of a batch, which waits where a caller would be sent away. keep_text: False where
+        the log is to forget the text. truncate: a text that is too long is cut, where it would be refused.
         Raises BadRequest (no text), Busy, OllamaError, SQLAlchemyError (nothing is answered that can't be logged).
         """
         started = time.perf_counter()
@@ -145,7 +140,7 @@ class Service:
 
         try:
             text = text_of(body)
-            with self.gate.place(patient):
+            with self.gate.slot(wait_for_queue):
                 (prediction, digest, weights_sha256), cut_to = self._ask(text, truncate)
             calibration, _ = Calibration.for_weights(self._stored, weights_sha256)
         except Exception as error:

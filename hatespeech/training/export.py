@@ -33,13 +33,13 @@ _ROTARY_INTERLEAVED = {"llama": "llama", "mistral": "llama"}
 def write_weights(classifier, base: str, folder: Path) -> None:
     """The trained LoRA as `adapter/` (PEFT), its base's weights with it merged, and the Modelfile that serves them.
 
-    A .gguf base gives `model.gguf` (F16), and `adapter.gguf`, which with the base is all that need be shipped. Others
-    give `merged/`, 16-bit safetensors for llama.cpp's converter.
+    A .gguf base of Llama's family gives `model.gguf` (F16), and `adapter.gguf`, which with the base is all that need be
+    shipped. Others give `merged/`, 16-bit safetensors for llama.cpp's converter.
     """
     model = classifier.model
     model.save_pretrained(folder / "adapter")
     (folder / "Modelfile").write_text(MODELFILE)
-    if base.endswith(".gguf"):
+    if base.endswith(".gguf") and model.config.model_type in _ROTARY_INTERLEAVED:
         write_adapter(model, folder / "adapter.gguf")
         merge(Path(base), folder / "adapter.gguf", folder / "model.gguf")
         return

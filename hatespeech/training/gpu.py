@@ -9,7 +9,8 @@ from hatespeech import UserError, packing
 
 # More tokens at once are no faster, and unsloth's kernels count elements in 32 bits.
 MAX_TOKENS_AT_ONCE = 65_536
-# Of the free memory: a captured pass keeps what it used, and a pass of another shape needs as much again.
+# What one pass may use of the free memory. A captured CUDA graph keeps its memory, and a pass of another shape needs
+# about as much again: so less than a half.
 _MEMORY_SHARE = 0.42
 # The models of unsloth's whose attention, but for the mask, is what FlexAttention computes.
 _FLEX_MODELS = ("llama", "mistral", "qwen2", "qwen3")

@@ -110,9 +110,9 @@ def test_equal_texts_meet_in_one_part_and_are_scored_once(monkeypatch, run, tmp_
     provenance = bulk._provenance(run, ())
     filesystem = fsspec.filesystem("memory")
     job = bulk.Job(table, "memory://out", filesystem, str(run), (), n_gpus=0, provenance=provenance, n_parts=1)
-    told = bulk.Score(job)(rows.append_column("part", pyarrow.array([0] * 6)))
+    report = bulk.PartWriter(job)(rows.append_column("part", pyarrow.array([0] * 6)))
     assert asked == ["a", "b", "c"]
-    assert told.select(["rows", "distinct"]).to_pylist() == [{"rows": 6, "distinct": 3}]
+    assert report.select(["rows", "distinct"]).to_pylist() == [{"rows": 6, "distinct": 3}]
     lines = filesystem.cat_file(job.path(0)).decode().splitlines()
     assert [line.partition(",")[0] for line in lines] == ["text", *texts]
 

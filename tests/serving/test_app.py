@@ -318,7 +318,7 @@ def test_access_log_and_metrics_tell_of_requests_and_not_of_texts(client, caplog
 
 
 @pytest.mark.slow
-def test_when_all_places_are_taken_it_says_when_to_come_again(make_client, stand_in):
+def test_when_all_slots_are_taken_it_says_when_to_come_again(make_client, stand_in):
     stand_in.delay_s = 1
     client = make_client(stand_in.host, MAX_IN_FLIGHT=1, MAX_QUEUE=1)
     with ThreadPoolExecutor(6) as pool:

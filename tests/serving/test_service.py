@@ -78,11 +78,11 @@ def start(run, ollama_host, server, tmp_path):
 
 
 def test_the_gate_lets_in_so_many_queues_so_many_and_refuses_the_rest():
-    gate, release = Gate(places=2, queue=1, timeout_s=5), threading.Event()
+    gate, release = Gate(slots=2, queue=1, timeout_s=5), threading.Event()
 
     def enter() -> str:
         try:
-            with gate.place():
+            with gate.slot():
                 release.wait(5)
                 return "in"
         except Busy:
@@ -99,10 +99,10 @@ def test_the_gate_lets_in_so_many_queues_so_many_and_refuses_the_rest():
 
 
 def test_the_gate_gives_up_on_a_place_in_time():
-    gate = Gate(places=1, queue=1, timeout_s=0.1)
-    with gate.place(), pytest.raises(Busy, match=r"within 0\.1 s"), gate.place():
+    gate = Gate(slots=1, queue=1, timeout_s=0.1)
+    with gate.slot(), pytest.raises(Busy, match=r"within 0\.1 s"), gate.slot():
         pass
-    with gate.place():
+    with gate.slot():
         pass
 
 

@@ -216,6 +216,33 @@ def test_it_is_served_with_torchs_probabilities(name, make_base, texts, tmp_path
         assert 0 < quantised.mean() < tolerance
 
 
+@pytest.mark.parametrize("name", ["qwen2", pytest.param("gemma3_sentencepiece", marks=pytest.mark.long)])
+def test_a_gguf_base_of_another_family_is_trained_and_exported_as_smollm2_is(
+    name, make_base, texts, tmp_path, monkeypatch
+):
+    """--model BASE.gguf: read by transformers, merged, converted anew, served with torch's probabilities."""
+    source, run = Path(make_base(name)), tmp_path / "run"
+    if name.startswith("qwen"):
+        monkeypatch.setenv("UNSLOTH_LLAMA_CPP_PATH", str(taught_converter(tmp_path / "llama.cpp")))
+    source.rename(tmp_path / "merged")
+    export.converted(tmp_path)
+    base = str(tmp_path / "model.gguf")
+    tokenizer = tokens.load_tokenizer(base)
+    classifier = tuning.load(base, tokenizer, rank=8, alpha=16, seed=0)
+    random_lora(classifier.model)
+    expected = tuning.label_probabilities(classifier, tokens.encode(tokenizer, texts[:40]))
+    assert (np.ptp(expected, axis=0) > 0.2).all()
+    run.mkdir()
+    export.write_weights(classifier, base, run)
+    assert not (run / "adapter.gguf").exists()
+    export.converted(run)
+    served = np.array(ollama.served_once(run, tuple(classifier.label_tokens), texts[:40]))
+    apart = np.abs(served - expected)
+    print(f"\n{name}, from .gguf: served, they differ by {apart.mean():.4f} on average, {apart.max():.4f} at most")
+    assert apart.mean() <= 0.01
+    assert apart.max() <= 0.05
+
+
 def test_a_checkpoint_that_transformers_made_of_a_gguf_keeps_its_vocabulary(base_gguf, tmp_path):
     """Its tokenizer.json says it falls back to bytes, which the converter must not read."""
     tokenizer = tokens.load_tokenizer(str(base_gguf))
