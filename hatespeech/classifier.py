@@ -90,7 +90,7 @@ class Classifier:
         while some := list(itertools.islice(numbered, AT_ONCE[self._engine])):
             for number, text in some:
                 if reason := task.text_error(text):
-                    raise ValueError(f"text {number}: {reason.partition(':')[0]}")
+                    raise ValueError(f"text {number}: {reason}")
             yield from self._verdicts([text for _, text in some])
 
     def _of_ollama(self, hosts: str, model: str, tokens: tuple[str, ...]) -> Callable[[list[str]], list[Verdict]]:

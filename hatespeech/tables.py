@@ -169,7 +169,12 @@ class Table:
                 if rows.schema.names != self.schema.names:
                     rows = self._with_all_columns(rows, self.folders[number])
                 texts = [text_in(value) for value in rows[self.text_column].to_pylist()]
-                rows = rows.cast(self.schema).rename_columns([f"c{place}" for place in range(len(self.schema))])
+                try:
+                    rows = rows.cast(self.schema)
+                except (pyarrow.ArrowInvalid, ValueError) as error:
+                    where = f"{self.files[number]}, rows {line} to {line + len(rows) - 1}"
+                    raise UserError(f"{where}: a number does not fit the type that all files together have") from error
+                rows = rows.rename_columns([f"c{place}" for place in range(len(self.schema))])
                 rows = rows.append_column("text", pyarrow.array([text for text, _ in texts], pyarrow.string()))
                 rows = rows.append_column("error", pyarrow.array([error for _, error in texts], pyarrow.string()))
                 yield rows.append_column("line", pyarrow.array(range(line, line + len(texts)), pyarrow.int64()))
@@ -189,7 +194,7 @@ class Table:
     @contextmanager
     def _lines(self, number: int, encoding: str) -> Iterator[Iterator[str]]:
         # Bytes of another encoding stay as they are, in surrogates (PEP 383): their row is kept, and refused.
-        errors = "strict" if encoding in ("utf-16", "utf-32") else "surrogateescape"
+        errors = _escaping(encoding)
         with self.fs.open(self.files[number], "rb") as raw, _decompressed(raw, self.files[number]) as opened:
             newline = "" if self.kind == "csv" else "\n"  # JSONL's lines end with \n alone
             yield iter(io.TextIOWrapper(opened, encoding=encoding, errors=errors, newline=newline))
@@ -222,8 +227,7 @@ def open_table(
     kinds = {KINDS[ending] for ending in endings}
     if len(kinds) > 1:
         raise UserError(f"{source}: files of several kinds ({', '.join(endings)}): give those of one kind")
-    if delimiter is not None and len(delimiter) != 1:
-        raise UserError(f"a delimiter is one character, not {delimiter!r}")
+    _check_delimiter(delimiter)
     common = {"fs": fs, "kind": kinds.pop(), "ending": whole_ending(files[0]), "text_column": text_column}
     common |= {"added": tuple(added)}
     if common["kind"] == "parquet":
@@ -243,6 +247,7 @@ def columns_of(source: str, *, delimiter: str | None = None, encoding: str | Non
 
     Of JSONL, the members of its first thousand objects. Raises UserError as open_table does.
     """
+    _check_delimiter(delimiter)
     fs, files, _ = _find(source)
     kind = KINDS[_ending(files[0])]
     common = {"fs": fs, "kind": kind, "ending": "", "text_column": "", "added": ()}
@@ -253,7 +258,7 @@ def columns_of(source: str, *, delimiter: str | None = None, encoding: str | Non
         table = Table(files=tuple(files[:1]), folders=({},), **common)
         first = next(iter(table.batches()), None)
         lines = first["c0"].to_pylist() if first else []
-        objects = [json_object(line.decode("utf-8", "surrogateescape")) or {} for line in lines]
+        objects = [json_object(line.decode("utf-8", "surrogatepass")) or {} for line in lines]
         return list(dict.fromkeys(name for each in objects for name in each)), table.described()
     with _named(files[0]):
         dialect = _dialect(fs, files[0], delimiter, encoding)
@@ -277,12 +282,20 @@ def _open_csv(common: dict, files: list[str], root: str, delimiter: str | None, 
     folders = {file: _folders(file, root) for file in dialects}
     if not dialects:
         raise UserError(f"{root}: all files are empty")
-    columns = next(iter(dialects.values())).header
-    for file, dialect in dialects.items():
-        extra = [*dialect.header, *folders[file]]
-        columns += tuple(dict.fromkeys(name for name in extra if name not in columns))
-        if (columns != dialect.header or folders[file]) and len(set(extra)) < len(extra):
-            raise UserError(f"{file}: two columns have one name ({', '.join(_doubled(extra))}): rename one")
+    names = {file: (*dialect.header, *folders[file]) for file, dialect in dialects.items()}
+    columns = next(iter(names.values()))
+    for own in names.values():
+        columns += tuple(dict.fromkeys(name for name in own if name not in columns))
+    encodings = {dialect.encoding.removesuffix("-sig"): file for file, dialect in dialects.items()}
+    if len(encodings) > 1:
+        said = ", ".join(f"{file} is {encoding.upper()}" for encoding, file in encodings.items())
+        raise UserError(f"files of several encodings ({said}): give them one")
+    for file, own in names.items():
+        # Alone, a file may have a name twice: its fields go by their place.
+        if own != columns and (doubled := _doubled(own)):
+            raise UserError(f"{file}: two columns have one name ({', '.join(doubled)}): rename one")
+    if len(dialects) > 1 and (doubled := _doubled(columns)):
+        raise UserError(f"{next(iter(names))}: two columns have one name ({', '.join(doubled)}): rename one")
     chosen = tuple(dialects)
     shape = {"columns": columns, "dialects": tuple(dialects.values()), "folders": tuple(folders[f] for f in chosen)}
     return Table(files=chosen, **common, **shape)
@@ -298,6 +311,8 @@ def _open_parquet(common: dict, files: list[str], root: str) -> Table:
             raise UserError(f"{file}: the column {column} holds {own.field(column).type}, and no text")
         for name, _ in _folders(file, root).items():
             own = own.append(pyarrow.field(name, pyarrow.string()))
+        if len(files) > 1:  # where a file has no such column, its rows have none
+            own = pyarrow.schema([field.with_nullable(True) for field in own], own.metadata)
         if len(files) > 1 and (doubled := _doubled(own.names)):
             raise UserError(f"{file}: two columns have one name ({', '.join(doubled)}): rename one")
         try:
@@ -354,7 +369,7 @@ class Writer:
             columns += [pyarrow.array(answers[name], kind) for name, kind in self._added.items()]
             self._parquet.write_table(pyarrow.table(columns, schema=self._schema))
             return
-        values = [[value.decode("utf-8", "surrogateescape") for value in rows[name].to_pylist()] for name in own]
+        values = [[value.decode("utf-8", "surrogatepass") for value in rows[name].to_pylist()] for name in own]
         added = zip(*(answers[name] for name in self._added), strict=True)
         for fields, answer in zip(zip(*values, strict=True), added, strict=True):
             if self._table.kind == "csv":
@@ -381,13 +396,13 @@ def content_of(table: Table) -> str:
     Made of each file's ETag, where its file system keeps one, else of its sha256.
     """
     found = []
-    for file in table.files:
+    for file, folders in zip(table.files, table.folders, strict=True):
         with _named(file):
             tag = table.fs.info(file).get("ETag")
             if not tag:
                 with table.fs.open(file, "rb") as opened:
                     tag = hashlib.file_digest(opened, "sha256").hexdigest()
-        found.append([file.rpartition("/")[2], tag])
+        found.append([file.rpartition("/")[2], folders, tag])
     return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
 
@@ -431,6 +446,8 @@ def _no_constant(name: str):
 def ending_of(name: str) -> str | None:
     """The end of a name that tells a file's kind, without that of a compression; None where it is no table's."""
     ending = _ending(name)
+    if ending == ".parquet" and whole_ending(name) != ending:  # Parquet compresses by itself
+        return None
     return ending if ending in KINDS else None
 
 
@@ -479,13 +496,13 @@ def _dialect(fs, file: str, delimiter: str | None, encoding: str | None) -> Dial
     """How a CSV file is written, found out from its beginning; None where it is empty."""
     with fs.open(file, "rb") as raw, _decompressed(raw, file) as opened:
         start = opened.read(1 << 16)
-    if not start.strip():
+    mark, found = next(((mark, name) for mark, name in _MARKS if start.startswith(mark)), (b"", None))
+    if not start.removeprefix(mark).strip(b"\r\n\0"):
         return None
-    found = next((name for mark, name in _MARKS if start.startswith(mark)), None)
     encoding = found or _known_encoding(encoding) or "utf-8"
     with fs.open(file, "rb") as raw, _decompressed(raw, file) as opened:
         lines = iter(io.TextIOWrapper(opened, encoding=encoding, errors=_escaping(encoding), newline=""))
-        first = next(lines)
+        first = next((line for line in lines if line.strip("\r\n")), "")
         line_end = re.search(r"(\r\n|\n|\r|)$", first)[0] or "\n"
         sep_line = re.fullmatch(r"sep=(.)(\r\n|\n|\r)", first)
         if sep_line:
@@ -496,7 +513,7 @@ def _dialect(fs, file: str, delimiter: str | None, encoding: str | None) -> Dial
             first.encode()
         except UnicodeEncodeError as error:
             raise UserError(
-                f"{file}, line 1: not {encoding.upper()} (byte {error.start}), "
+                f"{file}, line 1: not {encoding.upper()} (byte {len(first[: error.start].encode())}), "
                 f"but perhaps {_guess(start)}: name its encoding"
             ) from error
         if delimiter is None and _ending(file) == ".tsv":
@@ -507,6 +524,11 @@ def _dialect(fs, file: str, delimiter: str | None, encoding: str | None) -> Dial
         headers = {each: next(csv.reader(beginning, delimiter=each), []) for each in candidates}
     delimiter = max(headers, key=lambda each: len(headers[each]))
     return Dialect(delimiter, encoding, line_end, bool(sep_line), tuple(headers[delimiter]))
+
+
+def _check_delimiter(delimiter: str | None) -> None:
+    if delimiter is not None and (len(delimiter) != 1 or delimiter in '"\r\n'):
+        raise UserError(f"a delimiter is one character, no quote and no line end, not {delimiter!r}")
 
 
 def _guess(start: bytes) -> str:
@@ -521,9 +543,9 @@ def _known_encoding(name: str | None) -> str | None:
         return None
     try:
         codec = codecs.lookup(name)
-        if not codec._is_text_encoding:
+        if not codec._is_text_encoding or codec.name in ("idna", "punycode", "undefined", "unicode_escape"):
             raise LookupError(name)
-    except LookupError as error:
+    except (LookupError, ValueError) as error:
         raise UserError(f"there is no encoding {name}: utf-8, utf-16, cp1252 and latin-1 are some") from error
     return codec.name
 
@@ -572,7 +594,7 @@ def _as_batch(rows: list[tuple[list[str], str | None, str, int]], from_field: li
     for place, field in enumerate(from_field):
         cells = ["" if field is None else fields[field] for fields in values]
         columns[f"c{place}"] = pyarrow.array(
-            [cell.encode("utf-8", "surrogateescape") for cell in cells], pyarrow.binary()
+            [cell.encode("utf-8", "surrogatepass") for cell in cells], pyarrow.binary()
         )
     columns |= {"text": pyarrow.array(texts, pyarrow.string()), "error": pyarrow.array(errors, pyarrow.string())}
     return pyarrow.table(columns | {"line": pyarrow.array(lines, pyarrow.int64())})
@@ -629,8 +651,10 @@ def _named(file: str) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise UserError(f"{file}: no such file") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not {error.encoding.upper()} (byte {error.start})") from error
+    except UnicodeError as error:
+        where = f" (byte {error.start})" if isinstance(error, UnicodeDecodeError) else ""
+        encoding = getattr(error, "encoding", None) or "text of the named encoding"
+        raise UserError(f"{file}: not {encoding.upper()}{where}") from error
     except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
         raise UserError(f"{file}: its compression is damaged ({type(error).__name__})") from error
     except pyarrow.ArrowException as error:

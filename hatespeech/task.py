@@ -95,7 +95,7 @@ def decide(probabilities: Sequence[float]) -> str:
 def text_error(text: str | None) -> str:
     """Why a text can't be classified, in words that hold nothing of it; empty where it can."""
     if not normal_form(text or "").strip():
-        return "there is no text: curl localhost:5000/infer -d 'some text'"
+        return "there is no text"
     if "\0" in text:
         return f"the text holds a NUL character (at {text.index(chr(0))}), where Ollama would end it"
     return ""

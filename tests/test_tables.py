@@ -1,6 +1,7 @@
 """Files of rows as real programs write them: each is read as it is meant, and nothing but the answers changes."""
 
 import bz2
+import contextlib
 import csv
 import datetime
 import decimal
@@ -321,7 +322,7 @@ def test_folders_that_say_a_column_are_one(tmp_path):
         ({"a.csv": "text\na\n", "b.jsonl": "{}\n"}, r"files of several kinds \(.csv, .jsonl\)"),
         ({"a.md": "text", "b.txt": "text"}, "no such file, or a folder without files of .csv"),
         ({"a.csv": "", "b.csv": ""}, "all files are empty"),
-        ({"a.csv": "n,n,text\n1,2,a\n", "b.csv": "n,text\n1,a\n"}, None),
+        ({"a.csv": "n,n,text\n1,2,a\n", "b.csv": "n,text\n1,a\n"}, r"a.csv: two columns have one name \(n\)"),
         ({"a.csv": "n,text\n1,a\n", "b.csv": "n,n,text\n1,2,b\n"}, r"b.csv: two columns have one name \(n\)"),
         (
             {
@@ -335,9 +336,6 @@ def test_folders_that_say_a_column_are_one(tmp_path):
 )
 def test_files_that_do_not_go_together_are_named(files, reason, tmp_path):
     source = put(tmp_path, files)
-    if reason is None:
-        assert len(rows_of(source)) == 2
-        return
     with pytest.raises(UserError, match=reason):
         tables.open_table(source)
 
@@ -399,3 +397,80 @@ def test_what_a_csv_writer_wrote_comes_back_cell_for_cell(tmp_path_factory, rows
     out = answered(source, "rows.csv").decode(encoding)
     found = list(csv.reader(io.StringIO(out, newline=""), delimiter=delimiter, strict=True))
     assert found[1:] == [[*row, "Hate", "0.5", "True"] for row in rows]
+
+
+@pytest.mark.parametrize("encoding", ["euc_jp", "euc_kr", "big5", "cp949", "shift_jis", "gb18030", "cp1252", "ascii"])
+@pytest.mark.parametrize("bad", [b"\xc3\x80", b"\xff", b"\x81", b"a\x80b"])
+def test_bytes_that_an_encoding_does_not_know_come_back_as_they_were(encoding, bad, tmp_path):
+    source = put(tmp_path, {"rows.csv": b"n,text\n" + bad + b",a day\n"})
+    out = answered(source, "out.csv", encoding=encoding)
+    assert out == b"n,text,label,p,abstain\n" + bad + b",a day,Hate,0.5,True\n"
+
+
+def test_two_columns_of_one_name_are_not_mixed_up_in_a_folder(tmp_path):
+    source = put(tmp_path, {"1.csv": "text,a,a\nhello,1,2\n", "2.csv": "text,b\nthanks,3\n"})
+    with pytest.raises(UserError, match=r"1.csv: two columns have one name \(a\)"):
+        tables.open_table(source)
+    same = put(tmp_path / "same", {"1.csv": "text,a,a\nhello,1,2\n", "2.csv": "text,a,a\nthanks,3,4\n"})
+    with pytest.raises(UserError, match=r"two columns have one name \(a\)"):
+        tables.open_table(same)
+
+
+def test_files_of_several_encodings_are_refused_before_anything_is_computed(tmp_path):
+    source = put(tmp_path, {"1.csv": b"text\ncaf\xe9\n", "2.csv": MARKED + "text\n\u65e5\n".encode()})
+    with pytest.raises(UserError, match=r"files of several encodings \(.*1.csv is CP1252, .*2.csv is UTF-8\)"):
+        tables.open_table(source, encoding="cp1252")
+    both = put(tmp_path / "both", {"1.csv": "text\na\n", "2.csv": MARKED + "text\n\u65e5\n".encode()})
+    assert [row[1] for row in rows_of(both)] == ["a", "\u65e5"]
+
+
+@pytest.mark.parametrize("options", [{"delimiter": "ab"}, {"delimiter": '"'}, {"delimiter": "\n"}, {"encoding": "a\0"}])
+def test_what_can_not_be_a_delimiter_or_an_encoding_is_refused_where_columns_are_asked_for(options, tmp_path):
+    source = put(tmp_path, {"rows.csv": "text\na\n"})
+    for call in (tables.open_table, tables.columns_of):
+        with pytest.raises(UserError, match=r"a delimiter is one character|there is no encoding"):
+            call(source, **options)
+
+
+@pytest.mark.parametrize("encoding", ["idna", "punycode", "undefined", "unicode_escape", "utf-32", "utf-7"])
+def test_no_encoding_ends_in_a_traceback(encoding, tmp_path):
+    source = put(tmp_path, {"rows.csv": b"text\ncaf\xc3\xa9 \\ud800 +AB\n"})
+    with contextlib.suppress(UserError):
+        rows_of(source, encoding=encoding)
+
+
+@pytest.mark.parametrize("content", [MARKED, MARKED + b"\n", "\ufeff".encode("utf-16-le"), b"\n\r\n"])
+def test_a_file_of_nothing_but_a_mark_is_empty(content, tmp_path):
+    source = put(tmp_path, {"rows.csv": content})
+    for call in (tables.open_table, tables.columns_of):
+        with pytest.raises(UserError, match="is empty, without a header"):
+            call(source)
+
+
+def test_blank_lines_before_the_header_are_none(tmp_path):
+    assert rows_of(put(tmp_path, {"rows.csv": "\n\nid;text\n1;a, b\n"})) == [(4, "a, b", "")]
+
+
+def test_parquet_in_another_compression_is_refused_by_name(tmp_path):
+    content = gzip.compress(as_parquet(pyarrow.table({"text": ["a"]})))
+    with pytest.raises(UserError, match=r"rows.parquet.gz: a table is a file of"):
+        tables.open_table(put(tmp_path, {"rows.parquet.gz": content}))
+    assert tables.ending_of("out.parquet.gz") is None
+
+
+def test_a_parquet_column_that_may_not_be_null_may_be_missing_in_another_file(tmp_path):
+    fields = [pyarrow.field("text", pyarrow.string()), pyarrow.field("k", pyarrow.int64(), nullable=False)]
+    first = pyarrow.table({"text": ["a"], "k": [1]}, schema=pyarrow.schema(fields))
+    files = {"1.parquet": as_parquet(first), "2.parquet": as_parquet(pyarrow.table({"text": ["b"]}))}
+    found = parquet.read_table(io.BytesIO(answered(put(tmp_path, files), "out.parquet")))
+    assert found["k"].to_pylist() == [1, None]
+    whole, part = pyarrow.table({"text": ["a"], "k": [2**53 + 1]}), pyarrow.table({"text": ["b"], "k": [0.5]})
+    source = put(tmp_path / "wide", {"1.parquet": as_parquet(whole), "2.parquet": as_parquet(part)})
+    with pytest.raises(UserError, match=r"1.parquet, rows 1 to 1: a number does not fit"):
+        rows_of(source)
+
+
+def test_content_knows_what_folders_say(tmp_path):
+    german = tables.open_table(put(tmp_path / "a", {"lang=de/a.csv": "text\na\n", "b.csv": "text\nb\n"}))
+    english = tables.open_table(put(tmp_path / "b", {"lang=en/a.csv": "text\na\n", "b.csv": "text\nb\n"}))
+    assert tables.content_of(german) != tables.content_of(english)

@@ -178,7 +178,7 @@ def run(
     """Score all rows of source that output does not have yet.
 
     Returns what _provenance.json then holds and, where something was left to score, `scored`: how many rows, distinct
-    texts among them, and seconds from the first part's begin to the last one's end.
+    texts among them, and seconds from the start of the first part to the end of the last.
 
     hosts: Ollama's, where they are to compute; else transformers does. workers: processes; by default so many as the
     cluster's GPUs allow, or else one for each CPU.
@@ -350,6 +350,7 @@ def _provenance(run: Path, hosts: tuple[str, ...]) -> dict:
         "weights_sha256": weights,
         "prompt_version": task.PROMPT_VERSION,
         "calibration": calibration and calibration.version,
+        "flag_above": calibration and calibration.flag_above,
         "engine": "ollama" if hosts else "transformers",
     }
 

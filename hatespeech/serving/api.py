@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from http import HTTPStatus
 from urllib.parse import parse_qs
 
-from flask import Blueprint, Response, g, request, stream_with_context
+from flask import Blueprint, Request, Response, g, request, stream_with_context
 from sqlalchemy.exc import SQLAlchemyError
 from werkzeug.exceptions import BadRequest, HTTPException, NotFound, UnsupportedMediaType
 
@@ -41,7 +41,7 @@ def infer() -> Response:
 def text_sent() -> tuple[bytes, dict | None]:
     """The text in the request's body; and, where that was JSON, the object it came in."""
     if request.mimetype == "multipart/form-data":
-        sent = request.files.get("text")
+        sent = form_read().files.get("text")
         if sent is None and "text" not in request.form:
             raise refused(None, "a form has the text in a field called text", UnsupportedMediaType)
         return sent.read() if sent else request.form["text"].encode("utf-8", "surrogatepass"), None
@@ -69,7 +69,7 @@ def _of_form(body: bytes) -> bytes:
     """A form's field `text`; a body that is no form is the text, since curl says of everything that it is a form."""
     if not re.fullmatch(rb"[\w.\[\]-]+=[^&\s]*(&[\w.\[\]-]+=[^&\s]*)*", body):
         return body
-    fields = parse_qs(body.decode("latin-1"), keep_blank_values=True, encoding="utf-8", errors="surrogateescape")
+    fields = parse_qs(body.decode("utf-8", "surrogateescape"), keep_blank_values=True, errors="surrogateescape")
     if "text" in fields:
         return fields["text"][0].encode("utf-8", "surrogateescape")
     if b"%" in body or b"+" in body:
@@ -99,22 +99,27 @@ def _lines(items: list) -> Iterator[str]:
     for item in items:
         if isinstance(item, bytes) and not item.strip():
             continue
-        sent = (
-            item
-            if isinstance(item, bytes)
-            else json.dumps(item, ensure_ascii=False).encode("utf-8", "backslashreplace")
-        )
         value = openapi.parsed(item) if isinstance(item, bytes) else item
         value = {"text": value} if isinstance(value, str) else value
         try:
             if reason := openapi.schema_error("Text", value):
-                raise refused(sent, reason)
+                raise refused(_as_sent(item), reason)
             line = classified(value["text"].encode(), wait_for_queue=True).as_json(value.get("id"))
         except (HTTPException, OllamaError, Busy, SQLAlchemyError) as error:
             line = problem(*status_of(error))
             if isinstance(value, dict) and isinstance(value.get("id"), str | int):
                 line["id"] = value["id"]
         yield json.dumps(line) + "\n"
+
+
+def _as_sent(item: object) -> bytes | None:
+    """An item of a batch, for the log."""
+    try:
+        if isinstance(item, bytes):
+            return item
+        return json.dumps(item, ensure_ascii=False).encode("utf-8", "backslashreplace")
+    except RecursionError:
+        return None
 
 
 @api.post("/feedback")
@@ -132,8 +137,16 @@ def feedback() -> Response:
 
 @api.get("/healthcheck")
 def healthcheck() -> Response:
-    health = parts().service.health()
-    return as_json(health) if wants_json() else Response("OK", mimetype="text/plain")
+    """Whom the service does not know learns whether it is well, and nothing of what is behind it."""
+    try:
+        health = parts().service.health()
+    except OllamaError as error:
+        if g.is_known:
+            raise
+        raise OllamaError("no text can be classified now") from error
+    if not wants_json():
+        return Response("OK", mimetype="text/plain")
+    return as_json(health if g.is_known else {"status": "OK"})
 
 
 @api.get("/metrics")
@@ -169,6 +182,16 @@ def body_read() -> bytes:
     except HTTPException as error:
         parts().service.refuse(None, error.code, error.name, route=request.path, api_key=g.api_key)
         raise
+
+
+def form_read() -> Request:
+    """The request, its form parsed; one that can't be is logged as refused."""
+    try:
+        request.form.get("text")
+    except HTTPException as error:
+        parts().service.refuse(None, error.code, error.name, route=request.path, api_key=g.api_key)
+        raise
+    return request
 
 
 def refused(body: bytes | None, reason: str, kind: type[HTTPException] = BadRequest) -> HTTPException:

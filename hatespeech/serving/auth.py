@@ -1,10 +1,11 @@
 """Who may do what. Every request passes admit() before its route: the name it was sent to, where it was sent from, and
-the key with the scope that the route demands (docs/security.md).
+the key with the scope that the route demands (docs/SECURITY.md).
 
 Without a key only this machine is served, and only as long as nobody else can speak through it: the service listens on
 loopback alone, the connection comes from loopback, and no proxy says that it brought somebody else's request.
 """
 
+import os
 import re
 from ipaddress import ip_address
 from urllib.parse import urlsplit
@@ -64,9 +65,12 @@ def register(app: Flask, store: Store, settings: Settings) -> None:
     if n_proxies:
         app.wsgi_app = ProxyFix(app.wsgi_app, x_for=n_proxies, x_proto=n_proxies, x_host=n_proxies)
     keys_demanded = bool(n_proxies or settings.require_api_key or not is_loopback(settings.host))
-    if keys_demanded and not store.api_keys():
+    # A command of flask's makes the first key; what it may serve, it refuses to all who have none.
+    if keys_demanded and not store.api_keys() and not os.environ.get("FLASK_RUN_FROM_CLI"):
+        opening = {"TRUSTED_PROXIES": n_proxies, "REQUIRE_API_KEY": settings.require_api_key}
+        cause = next((name for name, value in opening.items() if value), f"HOST={settings.host}")
         raise UserError(
-            f"HOST={settings.host} is open to others, and there is no API key yet. "
+            f"{cause} opens the service to others, and there is no API key yet. "
             "Make one: flask --app app keys create NAME --scopes infer,read,review"
         )
 
@@ -75,12 +79,13 @@ def register(app: Flask, store: Store, settings: Settings) -> None:
         scopes = SCOPES_OF.get(request.endpoint, OPEN)
         strange = not keys_demanded and not is_one_of_our_names(settings.trusted_names)
         # Where no key can matter, on a route that is open to all, the database is not asked for one.
-        offered = key_offered() if scopes or strange else ""
+        offered = key_offered() if scopes or strange or request.endpoint == "api.healthcheck" else ""
         entry = store.key_named(offered) if offered else None
         if strange and entry is None:
             raise Forbidden("this service has no such name: TRUSTED_HOSTS lists those it has besides localhost")
         if not is_same_origin(changes=request.method not in SAFE_METHODS, opens=not scopes):
             raise Forbidden("this request was sent by a page of another site")
+        g.is_known = entry is not None or (not keys_demanded and is_local())
         if scopes:
             authorise(entry, scopes)
 

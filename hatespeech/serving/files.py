@@ -7,6 +7,7 @@ rows are in it, the output is put together from input and journal, whole or not 
 import fcntl
 import json
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,13 +33,10 @@ def classify(service: Service, table: Table, target: Path, *, prefix: str = "", 
         raise UserError(f"{target} is there already: remove it, or name another output")
     if tables.ending_of(target.name) != tables.ending_of(table.ending):
         raise UserError(f"{target}: rows are written as they were read: call it {target.stem}{table.ending}")
-    key = service.provenance() | {"input": tables.content_of(table), "read_as": table.described()}
-    key |= {"column": table.text_column, "prefix": prefix}
     with open(journal_of(target), "a+b") as journal, ThreadPoolExecutor(service.gate.slots) as pool:
-        try:
-            fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"another run is writing {target}") from error
+        _lock(journal, target)
+        key = service.provenance() | {"input": tables.content_of(table), "read_as": table.described()}
+        key |= {"column": table.text_column, "prefix": prefix}
         n_done = _resume(journal, key)
         advance(n_done)
         pending: deque[tuple[str, Future]] = deque()
@@ -69,6 +67,16 @@ def classify(service: Service, table: Table, target: Path, *, prefix: str = "", 
     return {"rows": n_done, "wrong": wrong}
 
 
+def _lock(journal, target: Path) -> None:
+    """Hold the journal, as long as it is open. UserError where another run does; is_running only looks at it."""
+    for _ in range(20):
+        try:
+            return fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.05)
+    raise UserError(f"another run is writing {target}")
+
+
 def journal_of(target: Path) -> Path:
     return target.with_name(target.name + ".progress")
 
@@ -87,8 +95,10 @@ def is_running(target: Path) -> bool:
 
 def n_done(target: Path) -> int:
     """How many rows the journal of an unfinished target holds."""
-    journal = journal_of(target)
-    return max(0, journal.read_bytes().count(b"\n") - 1) if journal.exists() else 0
+    try:
+        return max(0, journal_of(target).read_bytes().count(b"\n") - 1)
+    except FileNotFoundError:
+        return 0
 
 
 def count(table: Table) -> int:

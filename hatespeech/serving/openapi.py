@@ -9,6 +9,16 @@ from jsonschema import Draft202012Validator
 
 from hatespeech import __version__
 
+# What a rule of JSON Schema asks, in words.
+SCHEMA_WORDS = {
+    "type": "must be of the type {}",
+    "enum": "must be one of {}",
+    "minLength": "must not be empty",
+    "maxLength": "must have at most {} characters",
+    "minimum": "must be at least {}",
+    "maximum": "must be at most {}",
+}
+
 
 @functools.cache
 def specification() -> dict:
@@ -32,7 +42,9 @@ def schema_error(name: str, value: object) -> str | None:
         if error.validator in ("required", "additionalProperties", "anyOf"):
             needed = " and ".join(error.schema["required"]) + (" and label or score" if "anyOf" in error.schema else "")
             return f"{where} takes {', '.join(error.schema['properties'])}; it needs {needed}"
-        return f"{where}: its {error.validator} must be {error.validator_value}"
+        words = SCHEMA_WORDS.get(error.validator, f"breaks the rule {error.validator}: {{}}")
+        value = error.validator_value
+        return f"{where} {words.format(', '.join(map(str, value)) if isinstance(value, list) else value)}"
     return None
 
 
@@ -50,6 +62,8 @@ def half_a_character(value: object) -> str | None:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         return "a string holds a lone surrogate, which is no character"
+    except RecursionError:
+        return "the body is nested too deep"
     return None
 
 

@@ -86,6 +86,8 @@ def review() -> str:
         after = (float(confidence), seen) if confidence else None
     except ValueError as error:
         raise BadRequest("after is a confidence and an id") from error
+    if "\0" in seen:
+        raise BadRequest("after is a confidence and an id")
     found = queries.least_sure(parts().store, chosen, after)
     shown = {"item": found[0][0], "said": found[0][1]} if found else {"item": None, "said": None}
     decided = {name: request.args.get(name, "") for name in ("last", "kept")}
@@ -160,6 +162,8 @@ def start_file(name: str) -> Response:
         uploads.delete(name, g.api_key_id)
         return redirect(url_for("pages.file"), 303)
     reading = {option: request.form.get(option, "") for option in READING}
+    if action == "restart":
+        uploads.forget_answers(name, g.api_key_id)
     if action == "read":
         uploads.read_again(name, reading, g.api_key_id)
     else:

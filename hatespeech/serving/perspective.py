@@ -86,7 +86,7 @@ def discovery() -> Response:
 def refused(body: bytes, error: Refused) -> Response:
     """Log a refusal, without the text where the request asked that it be forgotten, and say it as Google does."""
     value = openapi.parsed(body)
-    forget = isinstance(value, dict) and value.get("doNotStore") is True
+    forget = isinstance(value, dict) and value.get("doNotStore", False) is not False
     parts().service.refuse(None if forget else body, 400, str(error), route=request.path, api_key=g.api_key)
     return error_response(400, str(error), {})
 
@@ -145,7 +145,7 @@ def _text(body: object) -> str:
     if comment.get("type", "PLAIN_TEXT") not in ("PLAIN_TEXT", "TEXT_TYPE_UNSPECIFIED"):
         raise Refused("comment.type must be PLAIN_TEXT")
     if reason := task.text_error(comment["text"]):
-        raise Refused(f"comment.text: {reason.partition(':')[0]}")
+        raise Refused(f"comment.text: {reason}")
     return comment["text"]
 
 

@@ -122,7 +122,9 @@ def repeated(store: Store, span: Span, limit: int = 10) -> list[dict]:
     with store.reading() as session:
         for key, n, newest in session.execute(asked).all():
             same = select(Request).where(Request.text_key == key, Request.received_at == newest).limit(1)
-            request = session.scalars(same).one()
+            request = session.scalars(same).first()
+            if request is None:  # purged meanwhile
+                continue
             found.append({"id": request.id, "n": n, "label": request.label, "text": request.text})
     return found
 

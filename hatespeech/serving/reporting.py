@@ -3,6 +3,7 @@
 import csv
 import math
 from collections import Counter, defaultdict
+from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -51,6 +52,10 @@ def population_stability_index(expected: np.ndarray, found: np.ndarray) -> float
 
 def report(store: Store, span: Span, reference: dict | None) -> dict:
     """All figures of a time range. Latencies are within 5 %, from bins of 9 %; times are UTC."""
+    # Counts are of whole hours, and so is all that stands beside them.
+    until = span.until.replace(minute=0, second=0, microsecond=0)
+    until += timedelta(hours=1) * (until < span.until)
+    span = replace(span, since=span.since.replace(minute=0, second=0, microsecond=0), until=until)
     by = "hour" if span.until - span.since <= timedelta(days=3) else "day"
     steps, days, models = (defaultdict(lambda: defaultdict(Counter)) for _ in range(3))
     total: dict[str, Counter] = defaultdict(Counter)
@@ -136,7 +141,9 @@ def _drift(total: dict[str, Counter], days: dict[datetime, dict[str, Counter]], 
         "reference": {"comments": reference["comments"], "labels": dict(reference["labels"])},
         "scores": [
             {"score": number / SCORE_BINS, "answers": bins[number], "reference": reference["bins"][number]}
-            for number in range(min([*bins, *reference["bins"]]), max([*bins, *reference["bins"]]) + 1)
+            for number in range(
+                min([*bins, *reference["bins"]], default=0), max([*bins, *reference["bins"]], default=-1) + 1
+            )
         ],
     }
 

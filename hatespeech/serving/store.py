@@ -27,6 +27,7 @@ from sqlalchemy import (
     insert,
     inspect,
     literal_column,
+    or_,
     select,
     text,
     update,
@@ -61,9 +62,9 @@ class Request(Base):
     __tablename__ = "requests"
 
     id: Mapped[str] = mapped_column(primary_key=True)
-    received_at: Mapped[datetime] = mapped_column(index=True)
+    received_at: Mapped[datetime]
     finished_at: Mapped[datetime | None]
-    status: Mapped[str] = mapped_column(index=True)
+    status: Mapped[str]
     http_status: Mapped[int | None]
     route: Mapped[str | None]
     api_key: Mapped[str | None]
@@ -154,7 +155,7 @@ class Feedback(Base):
     __tablename__ = "feedback"
 
     id: Mapped[int] = mapped_column(primary_key=True)
-    request_id: Mapped[str] = mapped_column(ForeignKey("requests.id"), index=True)
+    request_id: Mapped[str] = mapped_column(ForeignKey("requests.id"))
     received_at: Mapped[datetime]
     label: Mapped[str | None]
     score: Mapped[float | None]
@@ -268,6 +269,7 @@ class Store:
             hate, neutral, supportive = probabilities
             decided |= {"p_hate": hate, "p_neutral": neutral, "p_supportive": supportive}
             decided |= {"score": score, "confidence": max(probabilities), "abstain": abstain}
+        error = error and error.replace("\0", r"\x00")  # PostgreSQL's text holds no NUL
         outcome = {"status": status, "http_status": int(http_status), "error": error, "duration_ms": duration_ms}
         outcome |= {"finished_at": now(), "model_digest": model_digest, "calibration": calibration}
         with self.engine.begin() as connection:
@@ -288,8 +290,9 @@ class Store:
         self, request_id: str, label: str | None, score: float | None, note: str | None, api_key: str | None
     ) -> bool:
         """Keep feedback beside its request, if there is one: False where there is not."""
+        note = note and note.replace("\0", r"\x00")
         with Session(self.engine) as session, session.begin():
-            if session.get(Request, request_id) is None:
+            if "\0" in request_id or session.get(Request, request_id) is None:
                 return False
             session.add(
                 Feedback(request_id=request_id, received_at=now(), label=label, score=score, note=note, api_key=api_key)
@@ -307,10 +310,12 @@ class Store:
     def purge(self, older_than: timedelta) -> int:
         """Delete requests, and their feedback, that came longer ago; return how many.
 
-        In small transactions, between which the service writes. Count the hours first (queries.roll_up): their counts
-        stay.
+        In small transactions, between which the service writes. Of hours that are not counted yet nothing is deleted,
+        so that their counts stay: count them first (queries.roll_up).
         """
-        old = select(Request.id).where(Request.received_at < now() - older_than).limit(PURGED_AT_ONCE)
+        counted = select(RolledUp.until).scalar_subquery()
+        over = or_(Request.finished_at < counted, Request.received_at < now() - max(older_than, timedelta(days=1)))
+        old = select(Request.id).where(Request.received_at < now() - older_than, over).limit(PURGED_AT_ONCE)
         n_deleted = 0
         while True:
             with self.engine.begin() as connection:
@@ -345,9 +350,10 @@ class Store:
         return matches[0] if matches else None
 
     def check(self) -> None:
-        """Raise SQLAlchemyError where the log can't be written now: BEGIN IMMEDIATE takes SQLite's write lock."""
+        """Raise SQLAlchemyError where the log can't be written now. It writes no row, but asks to."""
         with Session(self.engine) as session, session.begin():
             session.execute(select(Request.id).limit(1))
+            session.execute(update(RolledUp).where(RolledUp.id < 0).values(id=0))
 
     def reading(self) -> Session:
         """A session that takes no write lock, whose rows outlive it."""
@@ -444,6 +450,7 @@ def _migrate(engine: Engine) -> None:
     """Bring the schema up to date, in one transaction that one process at a time holds."""
     from alembic import command
     from alembic.runtime.migration import MigrationContext
+    from alembic.util.exc import CommandError
 
     with engine.begin() as connection:  # SQLite: IMMEDIATE, the write lock
         if engine.dialect.name == "postgresql":
@@ -454,4 +461,7 @@ def _migrate(engine: Engine) -> None:
             raise UserError(
                 "DATABASE_URL: this log was made by a version that is no longer read: open it once with commit 18b38e9"
             )
-        command.upgrade(migrations(connection), "head")
+        try:
+            command.upgrade(migrations(connection), "head")
+        except CommandError as error:
+            raise UserError("DATABASE_URL: this log was made by a newer version than this one") from error

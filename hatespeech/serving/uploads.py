@@ -8,6 +8,7 @@ journal when it is started again.
 """
 
 import json
+import logging
 import re
 import shutil
 import threading
@@ -22,7 +23,7 @@ from werkzeug.exceptions import BadRequest, Conflict, Forbidden, NotFound
 from hatespeech import UserError, answers, runs, tables
 from hatespeech.ollama import OllamaError
 from hatespeech.serving import files
-from hatespeech.serving.service import Service
+from hatespeech.serving.service import Service, status_of
 from hatespeech.tables import Table
 
 # How many rows' errors the page keeps; the file itself has all.
@@ -36,6 +37,9 @@ class Uploads:
 
     def __init__(self, folder: Path, service: Service, keeps_texts: bool = True):
         self.folder, self.service, self.keeps_texts = folder, service, keeps_texts
+        for left in folder.glob(".*"):  # by a process that was killed while a file came
+            if time.time() - left.stat().st_mtime > 24 * 3600:
+                shutil.rmtree(left, ignore_errors=True)
         self._lock = threading.Lock()  # of two starts at once, one runs
 
     def keep(self, sent: FileStorage, reader: str | None) -> str:
@@ -44,18 +48,17 @@ class Uploads:
         if not self.keeps_texts:
             raise Forbidden("LOG_TEXT says that no text is kept here, and a file would be: classify it in the shell")
         if tables.ending_of(filename.lower()) is None:
-            raise BadRequest(f"a file to classify is one of {', '.join(tables.KINDS)} (or of these with .gz)")
+            raise BadRequest(f"a file to classify is one of {', '.join(tables.KINDS)}; a .csv or .jsonl also with .gz")
         name = uuid.uuid4().hex
         # Under a name that is not looked for until all is there, so that nobody sees half of it.
         unfinished = self.folder / f".{name}"
-        if not self.folder.exists():
-            self.folder.mkdir(parents=True, mode=0o700)
+        self.folder.mkdir(parents=True, mode=0o700, exist_ok=True)
         unfinished.mkdir(mode=0o700)
         try:
             sent.save(unfinished / f"input{tables.whole_ending(filename.lower())}")
             runs.write_json(unfinished / "about.json", {"filename": filename, "api_key": reader})
             unfinished.rename(self.folder / name)
-        except OSError:
+        except BaseException:
             shutil.rmtree(unfinished, ignore_errors=True)
             raise
         return name
@@ -65,13 +68,14 @@ class Uploads:
         running, wrong (rows, by line), n_wrong, error."""
         folder, about = self._folder(name, reader)
         target = _target(folder)
-        unknown = {"column": "text", "rows": None, "wrong": [], "n_wrong": 0, "error": None}
+        unknown = {"column": "text", "rows": None, "wrong": [], "n_wrong": None, "error": None}
         unknown |= {"delimiter": None, "encoding": None, "prefix": "", "columns": [], "read_as": ""}
         known = unknown | about | {"name": name}
         known |= {"finished": target.exists(), "running": files.is_running(target)}
         known["done"] = known["rows"] if known["finished"] else files.n_done(target)
         if not known["finished"] and not known["running"]:
             known |= _columns(folder, known)
+        del known["api_key"]
         return known
 
     def all(self, reader: str | None) -> list[dict]:
@@ -121,7 +125,10 @@ class Uploads:
             wrong = files.classify(self.service, table, target, prefix=prefix, advance=lambda n: None)["wrong"]
             found = {"wrong": wrong[:MAX_ERRORS_KEPT], "n_wrong": len(wrong)}
         except (UserError, OllamaError, OSError) as error:
-            found = {"error": _without_path(error, folder, about)}
+            found = {"error": _without_path(error, folder, about) if folder.exists() else ""}
+        except Exception as error:  # noqa: BLE001  whatever it is, who waits for the file is told
+            logging.getLogger("app").error("unexpected %s in classifying a file", type(error).__name__)
+            found = {"error": status_of(error)[1]}
         if folder.exists():
             runs.write_json(folder / "about.json", about | found)
 
@@ -133,9 +140,17 @@ class Uploads:
         return send_file(path, as_attachment=True, download_name=f"classified-{about['filename']}")
 
     def delete(self, name: str, reader: str | None) -> None:
-        if self.state(name, reader)["running"]:
+        folder, _ = self._folder(name, reader)
+        if files.is_running(_target(folder)):
             raise Conflict("this file is being classified: wait until it is done")
-        shutil.rmtree(self._folder(name, reader)[0])
+        shutil.rmtree(folder)
+
+    def forget_answers(self, name: str, reader: str | None) -> None:
+        """Begin from the beginning, where what is done was of another model or column."""
+        folder, _ = self._folder(name, reader)
+        if files.is_running(_target(folder)):
+            raise Conflict("this file is being classified: wait until it is done")
+        files.journal_of(_target(folder)).unlink(missing_ok=True)
 
     def _folder(self, name: str, reader: str | None) -> tuple[Path, dict]:
         folder = self.folder / name

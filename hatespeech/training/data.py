@@ -80,7 +80,7 @@ def _frame(table: Table) -> pd.DataFrame:
             frame = own.to_pandas(integer_object_nulls=True)  # as floats, long ids would lose their last digits
         else:
             own = [rows[f"c{number}"].to_pylist() for number in range(max(1, len(table.columns)))]
-            cells = [[cell.decode("utf-8", "surrogateescape") for cell in column] for column in own]
+            cells = [[cell.decode("utf-8", "surrogatepass") for cell in column] for column in own]
             if table.kind == "csv":
                 frame = pd.DataFrame(dict(zip(table.columns, cells, strict=True)), dtype=object)
             else:
