@@ -28,8 +28,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from decimal import Decimal
+from urllib.parse import unquote
 
 import fsspec
+import numpy as np
 import pyarrow
 from fsspec.core import url_to_fs
 from pyarrow import parquet
@@ -118,9 +120,10 @@ class Table:
             from_field = list(range(n_fields))
         text_field, rows = dialect.header.index(self.text_column), []
         with self._lines(number, dialect.encoding) as lines:
+            n_skipped = 0
             if dialect.sep_line:
-                next(lines)
-            records = _records(lines, dialect.delimiter, file, 1 + dialect.sep_line)
+                n_skipped = next(n for n, line in enumerate(lines, 1) if line.strip("\r\n"))
+            records = _records(lines, dialect.delimiter, file, 1 + n_skipped)
             next(records)
             for line, fields, error in records:
                 if not error and len(fields) != n_fields:
@@ -146,9 +149,13 @@ class Table:
                 value = json_object(line)
                 if taken := set(self.added) & {*(value or ()), *self.folders[number]}:
                     raise _taken(f"{self.files[number]}, line {line_number}", taken)
+                if doubled := self.folders[number].keys() & (value or {}).keys():
+                    where = f"{self.files[number]}, line {line_number}"
+                    raise UserError(f"{where}: its folder is called as a member is ({', '.join(doubled)}): rename one")
                 if value is None:
                     text, error = None, "the line is not a JSON object"
-                    line = json.dumps({"line": line})
+                    raw = line.encode("utf-8", "surrogateescape")
+                    line = json.dumps({"line": raw.decode("utf-8", "backslashreplace")})
                 else:
                     text, error = text_in(value.get(self.text_column))
                 if folders:
@@ -168,7 +175,7 @@ class Table:
                 rows = pyarrow.Table.from_batches([batch])
                 if rows.schema.names != self.schema.names:
                     rows = self._with_all_columns(rows, self.folders[number])
-                texts = [text_in(value) for value in rows[self.text_column].to_pylist()]
+                texts = [text_in(value) for value in _cells(rows[self.text_column])]
                 try:
                     rows = rows.cast(self.schema)
                 except (pyarrow.ArrowInvalid, ValueError) as error:
@@ -235,7 +242,12 @@ def open_table(
     elif common["kind"] == "csv":
         table = _open_csv(common, files, root, delimiter, encoding)
     else:
-        _known_encoding(encoding)
+        if encoding and _known_encoding(encoding) != "utf-8":
+            raise UserError(f"{source}: lines of JSON are UTF-8, not {encoding}")
+        for file in files:
+            with _named(file), fs.open(file, "rb") as raw, _decompressed(raw, file) as opened:
+                if opened.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+                    raise UserError(f"{file}: lines of JSON are UTF-8, and this file is UTF-16")
         table = Table(files=tuple(files), folders=tuple(_folders(file, root) for file in files), **common)
     if taken := set(added) & set(table.columns):
         raise _taken(source, taken)
@@ -259,7 +271,8 @@ def columns_of(source: str, *, delimiter: str | None = None, encoding: str | Non
         first = next(iter(table.batches()), None)
         lines = first["c0"].to_pylist() if first else []
         objects = [json_object(line.decode("utf-8", "surrogatepass")) or {} for line in lines]
-        return list(dict.fromkeys(name for each in objects for name in each)), table.described()
+        names = dict.fromkeys(name for each in objects for name in each)
+        return [name for name in names if name.isprintable()], table.described()
     with _named(files[0]):
         dialect = _dialect(fs, files[0], delimiter, encoding)
     if dialect is None:
@@ -292,10 +305,16 @@ def _open_csv(common: dict, files: list[str], root: str, delimiter: str | None, 
         raise UserError(f"files of several encodings ({said}): give them one")
     for file, own in names.items():
         # Alone, a file may have a name twice: its fields go by their place.
-        if own != columns and (doubled := _doubled(own)):
+        if (own != columns or folders[file]) and (doubled := _doubled(own)):
             raise UserError(f"{file}: two columns have one name ({', '.join(doubled)}): rename one")
     if len(dialects) > 1 and (doubled := _doubled(columns)):
         raise UserError(f"{next(iter(names))}: two columns have one name ({', '.join(doubled)}): rename one")
+    first = next(iter(dialects.values()))
+    for text in (*common["added"], *columns, *(value for said in folders.values() for value in said.values())):
+        try:
+            text.encode(first.encoding)
+        except UnicodeEncodeError as error:
+            raise UserError(f"{root}: {text!r} can't be written in {first.encoding.upper()}") from error
     chosen = tuple(dialects)
     shape = {"columns": columns, "dialects": tuple(dialects.values()), "folders": tuple(folders[f] for f in chosen)}
     return Table(files=chosen, **common, **shape)
@@ -313,7 +332,7 @@ def _open_parquet(common: dict, files: list[str], root: str) -> Table:
             own = own.append(pyarrow.field(name, pyarrow.string()))
         if len(files) > 1:  # where a file has no such column, its rows have none
             own = pyarrow.schema([field.with_nullable(True) for field in own], own.metadata)
-        if len(files) > 1 and (doubled := _doubled(own.names)):
+        if (len(files) > 1 or _folders(file, root)) and (doubled := _doubled(own.names)):
             raise UserError(f"{file}: two columns have one name ({', '.join(doubled)}): rename one")
         try:
             together = [schema, own] if schema else [own]
@@ -406,6 +425,16 @@ def content_of(table: Table) -> str:
     return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
 
+def _cells(column: pyarrow.ChunkedArray) -> list:
+    """A column's values. Strings come as bytes, so that one that is no UTF-8 spoils no other."""
+    kind = column.type.value_type if pyarrow.types.is_dictionary(column.type) else column.type
+    if pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind) or pyarrow.types.is_string_view(kind):
+        return column.cast(kind).cast(pyarrow.large_binary()).to_pylist()
+    if pyarrow.types.is_float32(kind):  # as written: 0.1, and not 0.10000000149011612
+        return [value if value is None else float(str(np.float32(value))) for value in column.to_pylist()]
+    return column.to_pylist()
+
+
 def text_in(value: object, encoding: str = "utf-8") -> tuple[str | None, str]:
     """The text that a cell holds, or None; and what is wrong with it, else nothing.
 
@@ -453,21 +482,26 @@ def ending_of(name: str) -> str | None:
 
 def whole_ending(name: str) -> str:
     """The end of a name, with that of a compression: `.csv.gz`."""
-    return _ending(name) + next((end for end in COMPRESSIONS if name.endswith(end)), "")
+    return _ending(name) + next((end for end in COMPRESSIONS if name.lower().endswith(end)), "")
 
 
 def _ending(name: str) -> str:
+    name = name.rpartition("/")[2].lower()
     for compression in COMPRESSIONS:
         name = name.removesuffix(compression)
-    return "." + name.rpartition("/")[2].rpartition(".")[2].lower()
+    _, dot, ending = name.rpartition(".")
+    return dot + ending
 
 
 def _find(source: str) -> tuple[fsspec.AbstractFileSystem, list[str], str]:
     """The file system, the files that hold rows, sorted, and the folder they are in."""
+    if "\0" in source:
+        raise UserError("a path holds no zero byte")
     try:
         fs, path = url_to_fs(source)
-    except (ValueError, ImportError) as error:
-        raise UserError(f"{source}: {error}") from error
+        fs.exists(path)
+    except Exception as error:
+        raise UserError(f"{source}: can't be opened ({type(error).__name__}: {error})".splitlines()[0]) from error
     path = path.rstrip("/")
     with _named(source):
         if fs.isfile(path):
@@ -477,7 +511,8 @@ def _find(source: str) -> tuple[fsspec.AbstractFileSystem, list[str], str]:
         found, left_out = [], []
         for name in sorted(fs.find(path)):
             inside = name[len(path) :].strip("/").split("/")
-            if not any(fnmatch.fnmatchcase(part, pattern) for part in inside for pattern in NOT_DATA):
+            hidden = (part for part in inside if "=" not in part)  # a folder that is a column is none
+            if not any(fnmatch.fnmatchcase(part, pattern) for part in hidden for pattern in NOT_DATA):
                 (found if ending_of(name) else left_out).append(name)
     if not found:
         raise UserError(f"{source}: no such file, or a folder without files of {', '.join(KINDS)}")
@@ -489,7 +524,8 @@ def _find(source: str) -> tuple[fsspec.AbstractFileSystem, list[str], str]:
 def _folders(file: str, root: str) -> dict[str, str]:
     """What folders named `column=value` between root and file say, as Hive and Spark write them."""
     parts = [part.partition("=") for part in file[len(root) :].strip("/").split("/")[:-1]]
-    return {name: value for name, equals, value in parts if equals and name}
+    empty = "__HIVE_DEFAULT_PARTITION__"
+    return {name: "" if value == empty else unquote(value) for name, equals, value in parts if equals and name}
 
 
 def _dialect(fs, file: str, delimiter: str | None, encoding: str | None) -> Dialect | None:
@@ -506,7 +542,8 @@ def _dialect(fs, file: str, delimiter: str | None, encoding: str | None) -> Dial
         line_end = re.search(r"(\r\n|\n|\r|)$", first)[0] or "\n"
         sep_line = re.fullmatch(r"sep=(.)(\r\n|\n|\r)", first)
         if sep_line:
-            delimiter, first = delimiter or sep_line[1], next(lines, "")
+            delimiter = delimiter or sep_line[1]
+            first = next((line for line in lines if line.strip("\r\n")), "")
         if "\0" in first:
             raise UserError(f"{file}, line 1: holds zero bytes, as UTF-16 does: name its encoding (utf-16-le)")
         try:
@@ -519,10 +556,14 @@ def _dialect(fs, file: str, delimiter: str | None, encoding: str | None) -> Dial
         if delimiter is None and _ending(file) == ".tsv":
             delimiter = "\t"
         # The header may go on over several lines, in quotes.
-        beginning = [first, *(line for line, _ in zip(lines, range(20), strict=False))]
+        beginning = [first, *(line for line, _ in zip(lines, range(200), strict=False))]
         candidates = [delimiter] if delimiter else list(DELIMITERS)
         headers = {each: next(csv.reader(beginning, delimiter=each), []) for each in candidates}
     delimiter = max(headers, key=lambda each: len(headers[each]))
+    try:
+        next(csv.reader(beginning, delimiter=delimiter, strict=True), [])
+    except csv.Error as error:
+        raise UserError(f"{file}, line 1: a quote that opens in the header is not closed as it should be") from error
     return Dialect(delimiter, encoding, line_end, bool(sep_line), tuple(headers[delimiter]))
 
 
@@ -538,12 +579,16 @@ def _guess(start: bytes) -> str:
     return best.encoding if best else "latin-1"
 
 
+# They change bytes that they don't know, or line ends.
+_NO_TABLES_ENCODING = ("idna", "punycode", "undefined", "unicode_escape", "raw_unicode_escape", "utf_7")
+
+
 def _known_encoding(name: str | None) -> str | None:
     if not name:
         return None
     try:
         codec = codecs.lookup(name)
-        if not codec._is_text_encoding or codec.name in ("idna", "punycode", "undefined", "unicode_escape"):
+        if not codec._is_text_encoding or codec.name.replace("-", "_") in _NO_TABLES_ENCODING:
             raise LookupError(name)
     except (LookupError, ValueError) as error:
         raise UserError(f"there is no encoding {name}: utf-8, utf-16, cp1252 and latin-1 are some") from error
@@ -581,7 +626,8 @@ def _records(lines: Iterator[str], delimiter: str, file: str, line: int) -> Iter
                     f"{file}, line {first}: a quote that opens in this row is not closed as it should be "
                     f"(looked for as far as line {first + len(taken) - 1})"
                 ) from problem
-            fields = next(csv.reader(taken, delimiter=delimiter))
+            # With each quote as the character it is, so that none is lost.
+            fields = next(csv.reader(taken, delimiter=delimiter, quoting=csv.QUOTE_NONE))
             error = "a quoted field goes on behind its closing quote: a quote inside a field is written twice"
         line += len(taken)
         if fields:
@@ -641,7 +687,7 @@ def _decompressed(raw, name: str):
 
 
 def _opener(name: str):
-    return next((opener for end, opener in COMPRESSIONS.items() if name.endswith(end)), None)
+    return next((opener for end, opener in COMPRESSIONS.items() if name.lower().endswith(end)), None)
 
 
 @contextmanager
@@ -653,8 +699,8 @@ def _named(file: str) -> Iterator[None]:
         raise UserError(f"{file}: no such file") from error
     except UnicodeError as error:
         where = f" (byte {error.start})" if isinstance(error, UnicodeDecodeError) else ""
-        encoding = getattr(error, "encoding", None) or "text of the named encoding"
-        raise UserError(f"{file}: not {encoding.upper()}{where}") from error
+        encoding = error.encoding.upper() if isinstance(error, UnicodeDecodeError) else "of the encoding that was named"
+        raise UserError(f"{file}: not {encoding}{where}") from error
     except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
         raise UserError(f"{file}: its compression is damaged ({type(error).__name__})") from error
     except pyarrow.ArrowException as error:

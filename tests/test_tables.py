@@ -474,3 +474,112 @@ def test_content_knows_what_folders_say(tmp_path):
     german = tables.open_table(put(tmp_path / "a", {"lang=de/a.csv": "text\na\n", "b.csv": "text\nb\n"}))
     english = tables.open_table(put(tmp_path / "b", {"lang=en/a.csv": "text\na\n", "b.csv": "text\nb\n"}))
     assert tables.content_of(german) != tables.content_of(english)
+
+
+PARQUET_OF_A_YEAR = as_parquet(pyarrow.table({"text": ["a"], "year": [2023]}))
+
+
+@pytest.mark.parametrize(
+    ("files", "reason"),
+    [
+        ({"lang=de/a.csv": "text,lang\na,fr\n"}, r"a.csv: two columns have one name \(lang\)"),
+        ({"text=de/a.csv": "text\na\n"}, r"a.csv: two columns have one name \(text\)"),
+        ({"year=2024/a.parquet": PARQUET_OF_A_YEAR}, r"a.parquet: two columns have one name \(year\)"),
+        ({"lang=de/a.jsonl": '{"text": "a", "lang": "fr"}\n'}, r"a.jsonl, line 1: its folder is called as a member is"),
+    ],
+)
+def test_a_folder_that_says_a_column_which_its_file_has_is_refused(files, reason, tmp_path):
+    put(tmp_path, files)
+    with pytest.raises(UserError, match=reason):
+        list(tables.open_table(str(tmp_path)).batches())
+
+
+def test_folders_say_columns_as_hive_and_spark_write_them(tmp_path):
+    put(tmp_path, {"_y=2024/d=a%20b/a.csv": "text\na\n", "_y=__HIVE_DEFAULT_PARTITION__/d=c/b.csv": "text\nb\n"})
+    rows = list(csv.DictReader(io.StringIO(answered(str(tmp_path), "x.csv").decode())))
+    assert sorted((row["text"], row["_y"], row["d"]) for row in rows) == [("a", "2024", "a b"), ("b", "", "c")]
+
+
+def test_blank_lines_around_excels_first_line_are_none(tmp_path):
+    source = put(tmp_path, {"rows.csv": b"\r\nsep=;\r\n\r\nid;text\r\n1;a\r\n"})
+    assert rows_of(source) == [(5, "a", "")]
+    assert answered(source, "x.csv") == b"sep=;\r\nid;text;label;p;abstain\r\n1;a;Hate;0.5;True\r\n"
+
+
+def test_a_line_that_is_no_json_spoils_no_other_in_what_is_written(tmp_path):
+    out = answered(put(tmp_path, {"rows.jsonl": b'caf\xe9\n{"text": "b"}\n'}), "x.jsonl")
+    first, second = [json.loads(line) for line in out.decode("utf-8").splitlines()]
+    assert (first["line"], second["text"]) == ("caf\\xe9", "b")
+    assert json.dumps([first, second], ensure_ascii=False).encode()  # no half a character
+
+
+@pytest.mark.parametrize("cell", ['"he said "hi" to me"', '"he said \\"hi\\""'])
+def test_a_row_whose_quotes_go_wrong_keeps_every_character(cell, tmp_path):
+    source = put(tmp_path, {"rows.csv": f"id,text\n1,{cell}\n2,b\n"})
+    assert [row[1] for row in rows_of(source)] == [None, "b"]
+    rows = list(csv.reader(io.StringIO(answered(source, "x.csv").decode(), newline=""), strict=True))
+    assert rows[1][:2] == ["1", cell]
+
+
+def test_a_quote_that_opens_in_the_header_prints_no_rows(tmp_path):
+    source = put(tmp_path, {"rows.csv": 'id,"text\n1,some words\n2,other words\n'})
+    for call in (tables.open_table, tables.columns_of):
+        with pytest.raises(UserError, match=r"line 1: a quote that opens in the header") as error:
+            call(source)
+        assert "words" not in str(error.value)
+
+
+def test_what_an_encoding_can_not_write_is_refused_before_anything_is_computed(tmp_path):
+    source = put(tmp_path, {"rows.csv": b"text\ncaf\xe9\n"})
+    with pytest.raises(UserError, match=r"'.*_label' can't be written in CP1252"):
+        tables.open_table(source, encoding="cp1252", added=["\u6f22_label"])
+
+
+def test_lines_of_json_are_utf_8(tmp_path):
+    source = put(tmp_path, {"rows.jsonl": '{"text": "a"}\n'.encode("utf-16")})
+    with pytest.raises(UserError, match="lines of JSON are UTF-8, and this file is UTF-16"):
+        tables.open_table(source)
+    with pytest.raises(UserError, match="lines of JSON are UTF-8, not latin-1"):
+        tables.open_table(put(tmp_path / "b", {"rows.jsonl": "{}"}), encoding="latin-1")
+    assert rows_of(put(tmp_path / "c", {"rows.jsonl": '{"text": "a"}'}), encoding="utf-8") == [(1, "a", "")]
+
+
+def test_names_that_no_page_can_show_are_not_offered(tmp_path):
+    source = put(tmp_path, {"rows.jsonl": b'{"caf\xe9": 1, "\\ud800": 2, "a b": 3, "text": "x"}\n'})
+    assert tables.columns_of(source)[0] == ["a b", "text"]
+
+
+def test_a_string_of_parquet_that_is_no_utf_8_spoils_no_other_row(tmp_path):
+    broken = pyarrow.array([b"ok", b"caf\xe9"]).view(pyarrow.string())
+    source = put(tmp_path, {"rows.parquet": as_parquet(pyarrow.table({"text": broken}))})
+    assert rows_of(source) == [(1, "ok", ""), (2, None, "the text is not UTF-8 (byte 3)")]
+    short = pyarrow.table({"text": pyarrow.array([0.1, None], pyarrow.float32())})
+    assert [row[1] for row in rows_of(put(tmp_path / "f", {"rows.parquet": as_parquet(short)}))] == ["0.1", None]
+
+
+@pytest.mark.parametrize(
+    "source", ["s3://no-such-bucket-of-ours/x.csv", "github://x.csv", "ftp://127.0.0.1:1/x.csv", "a\0b.csv"]
+)
+def test_a_path_that_leads_nowhere_is_one_line(source, monkeypatch):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    with pytest.raises(UserError) as error:
+        tables.open_table(source)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "ending"),
+    [
+        ("a.csv", ".csv"),
+        ("A.CSV.GZ", ".csv"),
+        ("csv", None),
+        ("a.parquet.gz", None),
+        ("a.b.jsonl", ".jsonl"),
+        ("a.", None),
+    ],
+)
+def test_endings(name, ending):
+    assert tables.ending_of(name) == ending

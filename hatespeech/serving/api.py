@@ -41,10 +41,16 @@ def infer() -> Response:
 def text_sent() -> tuple[bytes, dict | None]:
     """The text in the request's body; and, where that was JSON, the object it came in."""
     if request.mimetype == "multipart/form-data":
+        body = body_read()
         sent = form_read().files.get("text")
         if sent is None and "text" not in request.form:
             raise refused(None, "a form has the text in a field called text", UnsupportedMediaType)
-        return sent.read() if sent else request.form["text"].encode("utf-8", "surrogatepass"), None
+        if sent:
+            return sent.read(), None
+        text = request.form["text"]
+        if "\ufffd" in text and "\ufffd".encode() not in body:  # werkzeug's own, for bytes that are no UTF-8
+            raise refused(None, "the text is not UTF-8")
+        return text.encode("utf-8", "surrogatepass"), None
     body = body_read()
     if request.mimetype not in TEXT_TYPES:
         raise refused(
@@ -58,7 +64,8 @@ def text_sent() -> tuple[bytes, dict | None]:
         return body, None
     value = openapi.parsed(body)
     value = {"text": value} if isinstance(value, str) else value
-    if value is None and not wants_json() and not body.lstrip().startswith((b"{", b"[")):
+    looks_like_json = body.lstrip().startswith((b"{", b"[", b'"')) or body.strip() == b"null"
+    if value is None and not wants_json() and not looks_like_json:
         return body, None  # a bare text under the wrong name
     if reason := openapi.schema_error("Text", value):
         raise refused(body, reason)

@@ -102,8 +102,19 @@ def n_done(target: Path) -> int:
 
 
 def count(table: Table) -> int:
-    """How many rows the table has. Reads all of it, and so finds what can't be read before anything is asked."""
-    return sum(len(rows) for rows in table.batches())
+    """How many rows the table has. Reads all of it, and so finds what can't be read before anything is asked.
+
+    Raises UserError where none has a text: then the column is another one.
+    """
+    n_rows = n_texts = 0
+    for rows in table.batches():
+        n_rows += len(rows)
+        n_texts += len(rows) - rows["text"].null_count
+    if n_rows and not n_texts and table.kind == "jsonl":
+        raise UserError(
+            f"{', '.join(table.files)}: no line has a text in {table.text_column}: say which one holds them"
+        )
+    return n_rows
 
 
 def _rows(table: Table) -> Iterator[tuple[str, str | None, str]]:
@@ -156,7 +167,9 @@ def _resume(journal, key: dict) -> int:
             entry = json.loads(raw) if raw.endswith(b"\n") else None
         except ValueError:
             entry = None
-        if entry is None:
+        if number == 0 and raw.endswith(b"\n") and not (isinstance(entry, dict) and entry.keys() == key.keys()):
+            raise UserError(f"{journal.name} is no journal of this program: remove it, or name another output")
+        if not isinstance(entry, dict) or (number and not entry.keys() >= answers.COLUMNS.keys()):
             break
         if number == 0 and entry != key:
             changed = [name for name in key if entry.get(name) != key[name]]

@@ -67,10 +67,11 @@ def analyze() -> Response:
 def suggest_score() -> Response:
     body = body_read()
     try:
-        text, suggested, token = parsed_suggestion(openapi.parsed(body))
+        value = openapi.parsed(body)
+        text, suggested, token = parsed_suggestion(value)
     except Refused as error:
         return refused(body, error)
-    answer = classified(text.encode())
+    answer = classified(text.encode(), keep_text=value.get("doNotStore", False) is False)
     # Perspective's scores know no supportive speech: what is not hateful may be Neutral or Supportive.
     label = "Hate" if max(suggested.values()) >= 0.5 else task.NOT_HATE
     note = "suggestscore " + ", ".join(f"{name} {value:g}" for name, value in suggested.items())
@@ -86,8 +87,10 @@ def discovery() -> Response:
 def refused(body: bytes, error: Refused) -> Response:
     """Log a refusal, without the text where the request asked that it be forgotten, and say it as Google does."""
     value = openapi.parsed(body)
-    forget = isinstance(value, dict) and value.get("doNotStore", False) is not False
-    parts().service.refuse(None if forget else body, 400, str(error), route=request.path, api_key=g.api_key)
+    # Of what can't be read nobody knows whether it was to be forgotten.
+    forget = not isinstance(value, dict) or value.get("doNotStore", False) is not False
+    reason = "refused, and not to be stored" if forget else str(error)
+    parts().service.refuse(None if forget else body, 400, reason, route=request.path, api_key=g.api_key)
     return error_response(400, str(error), {})
 
 
@@ -125,7 +128,7 @@ def parsed_suggestion(body: object) -> tuple[str, dict[str, float], str | None]:
     for name in sorted(scores.keys() & ATTRIBUTES.keys()):
         try:
             found[name] = float(scores[name]["summaryScore"]["value"])
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise Refused(f"attributeScores.{name}.summaryScore.value must be a number from 0 to 1") from error
         if not (math.isfinite(found[name]) and 0 <= found[name] <= 1):
             raise Refused(f"attributeScores.{name}.summaryScore.value must be a number from 0 to 1")

@@ -68,6 +68,15 @@ class Settings(BaseSettings):
     def _no_zero_byte(cls, value: Any) -> Any:
         if "\0" in str(value):
             raise ValueError("a path holds no zero byte")
+        if not str(value).strip():
+            raise ValueError("names nothing")
+        return value
+
+    @field_validator("uploads_dir")
+    @classmethod
+    def _a_folder_of_its_own(cls, value: Path) -> Path:
+        if value in (Path(), Path("/"), Path.home()):
+            raise ValueError("files need a folder of their own")
         return value
 
     @model_validator(mode="after")

@@ -185,6 +185,18 @@ class Store:
         self.log_text, self.hash_key = log_text, hash_key.encode()
         self.process = _process_name(os.getpid())
         location = _location(url)
+        try:
+            self._connect(location)
+            _migrate(self.engine)
+        except (SQLAlchemyError, ValueError, TypeError) as error:
+            # The driver's first line tells what; its others, and SQLAlchemy's own words, may tell the password.
+            reason = str(getattr(error, "orig", None) or type(error).__name__).splitlines()[0]
+            raise UserError(
+                f"DATABASE_URL: {location.render_as_string(hide_password=True)} can't be opened: {reason}"
+            ) from error
+        self._mark_interrupted()
+
+    def _connect(self, location) -> None:
         if location.get_backend_name() == "sqlite":
             _make_private(location.database)
             # SQLite has one writer at a time; a queue for one connection is fair where its own polling starves threads.
@@ -197,15 +209,6 @@ class Store:
         else:
             self.engine = create_engine(location, pool_timeout=10, pool_size=16, max_overflow=64)
             self.readers = self.engine
-        try:
-            _migrate(self.engine)
-        except SQLAlchemyError as error:
-            # The driver's first line tells what; its others, and SQLAlchemy's own words, may tell the password.
-            reason = str(getattr(error, "orig", None) or type(error).__name__).splitlines()[0]
-            raise UserError(
-                f"DATABASE_URL: {location.render_as_string(hide_password=True)} can't be opened: {reason}"
-            ) from error
-        self._mark_interrupted()
 
     def received(
         self,
@@ -399,7 +402,7 @@ def _location(url: str):
     what = "DATABASE_URL is sqlite:////folder/file.sqlite3 or postgresql://user:password@host/name"
     try:
         location = make_url(url)
-    except ArgumentError as error:
+    except (ArgumentError, ValueError) as error:
         raise UserError(f"DATABASE_URL is no URL of a database. {what}") from error
     if location.drivername in ("postgres", "postgresql"):  # the first is what hosting services write
         location = location.set(drivername="postgresql+psycopg")

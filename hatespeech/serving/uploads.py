@@ -37,14 +37,15 @@ class Uploads:
 
     def __init__(self, folder: Path, service: Service, keeps_texts: bool = True):
         self.folder, self.service, self.keeps_texts = folder, service, keeps_texts
-        for left in folder.glob(".*"):  # by a process that was killed while a file came
-            if time.time() - left.stat().st_mtime > 24 * 3600:
+        for left in folder.glob(".*"):  # by a process that was killed while a file came; nobody else's
+            ours = re.fullmatch(r"\.[0-9a-f]{32}", left.name) and left.is_dir() and not left.is_symlink()
+            if ours and time.time() - left.stat().st_mtime > 24 * 3600:
                 shutil.rmtree(left, ignore_errors=True)
         self._lock = threading.Lock()  # of two starts at once, one runs
 
     def keep(self, sent: FileStorage, reader: str | None) -> str:
         """Keep an uploaded file; returns its name here. BadRequest where its name is no table's."""
-        filename = Path(sent.filename).name
+        filename = re.sub(r"[\x00-\x1f\x7f]", "_", Path(sent.filename).name).encode("utf-8", "replace").decode()
         if not self.keeps_texts:
             raise Forbidden("LOG_TEXT says that no text is kept here, and a file would be: classify it in the shell")
         if tables.ending_of(filename.lower()) is None:

@@ -448,6 +448,7 @@ def test_it_imports_in_under_a_second_and_without_torch():
         {"data": {"text": "I hope you all have a lovely day"}},  # a form, as browsers and requests send it
         {"data": "text=I+hope+you+all+have+a+lovely+day&x=1", "content_type": "application/x-www-form-urlencoded"},
         {"data": {"text": (io.BytesIO(b"I hope you all have a lovely day"), "a.txt")}},  # curl -F text=@a.txt
+        {"data": "text=I+hope+you+all+have+a+lovely+day", "content_type": "application/x-www-form-urlencoded"},
         {"data": '"I hope you all have a lovely day"', "content_type": "application/json"},
         {"data": b"I hope you all have a lovely day", "content_type": "application/octet-stream"},
     ],
@@ -462,6 +463,17 @@ def test_a_text_in_an_envelope_is_taken_out_of_it(client, sent):
     [
         ({"json": {"inputs": "I hope you all have a lovely day"}}, 400),
         ({"json": ["a", "b"]}, 400),
+        ({"data": "null", "content_type": "application/json"}, 400),
+        ({"data": '"lovely', "content_type": "application/json"}, 400),
+        ({"data": {"text": (io.BytesIO(b"caf\xe9 lovely"), "a.txt")}}, 400),
+        ({"data": b"text=caf%E9+lovely", "content_type": "application/x-www-form-urlencoded"}, 400),
+        (
+            {
+                "data": b'--x\r\nContent-Disposition: form-data; name="text"\r\n\r\ncaf\xe9 lovely\r\n--x--\r\n',
+                "content_type": "multipart/form-data; boundary=x",
+            },
+            400,
+        ),
         ({"data": {"comment": "I hope so", "x": "1"}}, 415),
         ({"data": {"file": (io.BytesIO(b"I hope so"), "a.txt")}}, 415),
         ({"data": "<p>I hope so</p>", "content_type": "text/html"}, 415),

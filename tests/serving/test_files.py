@@ -16,7 +16,6 @@ import pytest
 from pyarrow import parquet
 
 from hatespeech import answers, tables
-from hatespeech.serving import files
 from hatespeech.serving.store import Store
 from tests.conftest import ROOT, some_texts
 
@@ -115,9 +114,6 @@ def test_a_failing_ollama_stops_it_and_it_goes_on_later(server, stand_in, make_c
 def test_a_torn_line_of_the_journal_is_done_again(classify, tmp_path):
     source, target = tmp_path / "in.csv", tmp_path / "out.csv"
     source.write_text("text\n" + "".join(f"text {i}\n" for i in range(3)))
-    with open(f"{target}.progress", "a+b") as journal:
-        files._append(journal, {"torn": True})
-    assert "was begun with another" in classify(source, target).output
     Path(f"{target}.progress").write_bytes(b'{"input_sha256": "tor')
     done = classify(source, target)
     assert done.exit_code == 0, done.output
@@ -218,3 +214,55 @@ def test_of_two_starts_at_once_one_runs(client, stand_in, make_client, tmp_path)
     while slow.get(f"{place}/state").get_json()["running"]:
         time.sleep(0.1)
     assert len(slow.get(f"{place}/download").text.splitlines()) == 4
+
+
+@pytest.mark.parametrize("journal", [b"my notes\n", b"[1]\n", b"5\n", b'"x"\n', b'{"mine": 1}\n'])
+def test_a_file_that_is_no_journal_of_ours_is_left_alone(classify, tmp_path, journal):
+    (tmp_path / "in.csv").write_text("text\na\n")
+    (tmp_path / "out.csv.progress").write_bytes(journal)
+    done = classify(tmp_path / "in.csv", tmp_path / "out.csv")
+    assert (done.exit_code, "is no journal of this program" in done.output) == (1, True)
+    assert (tmp_path / "out.csv.progress").read_bytes() == journal
+
+
+@pytest.mark.parametrize("damage", [b"7\n", b'{"a": 1}\n', b"{torn"])
+def test_damaged_entries_of_a_journal_are_done_again(stand_in, make_client, tmp_path, damage):
+    (tmp_path / "in.csv").write_text("text\na\n")
+    runner = make_client(stand_in.host).application.test_cli_runner()
+    arguments = ["classify", str(tmp_path / "in.csv"), str(tmp_path / "out.csv")]
+    stand_in.status = 500
+    assert runner.invoke(args=arguments).exit_code == 1
+    with open(tmp_path / "out.csv.progress", "ab") as journal:
+        journal.write(damage)
+    stand_in.status = 200
+    done = runner.invoke(args=arguments)
+    assert done.exit_code == 0, done.output
+    assert len(read(tmp_path / "out.csv")) == 1
+
+
+def test_a_column_that_no_line_has_is_named_before_anything_is_asked(classify, client, tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"text": "a"}\n')
+    done = classify(tmp_path / "in.jsonl", tmp_path / "out.jsonl", "--text-column", "txet")
+    assert (done.exit_code, "no line has a text in txet" in done.output) == (1, True)
+    assert not list(Store(f"sqlite:///{client.database}").answered())
+
+
+def test_only_what_an_upload_left_is_swept_away(make_client, tmp_path):
+    folder, old = tmp_path / "files", time.time() - 3 * 24 * 3600
+    for name in (".ssh", ".config", f".{'a' * 32}"):
+        (folder / name).mkdir(parents=True)
+        os.utime(folder / name, (old, old))
+    (folder / ".dangling").symlink_to("nowhere")
+    make_client("127.0.0.1:1")
+    assert sorted(path.name for path in folder.iterdir()) == [".config", ".dangling", ".ssh"]
+
+
+def test_a_name_with_a_line_end_can_be_downloaded(client):
+    header = b"Content-Disposition: form-data; name=file; filename*=UTF-8''a%0Ab.csv"
+    sent = b"--x\r\n" + header + b"\r\n\r\nid, text\n1, thank you\n\r\n--x--\r\n"
+    place = client.post("/file", data=sent, content_type="multipart/form-data; boundary=x").location
+    assert 'value=" text"' in client.get(place).text  # a column whose name has a blank
+    client.post(place, data={"column": " text"})
+    while client.get(f"{place}/state").get_json()["running"]:
+        time.sleep(0.05)
+    assert client.get(f"{place}/download").status_code == 200

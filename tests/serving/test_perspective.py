@@ -92,11 +92,19 @@ def test_what_is_not_to_be_stored_leaves_a_row_without_its_text(client):
     body = ask(text="canary you are a lovely bunch", doNotStore=True)
     assert analyze(client, **body).status_code == 200
     assert analyze(client, **(body | {"languages": ["de"]})).status_code == 400  # refused, and forgotten too
+    broken = json.dumps(body).encode().replace(b"}", b",}")  # of which nobody knows what was asked
+    assert client.post("/v1alpha1/comments:analyze", data=broken).status_code == 400
+    suggestion = {"comment": {"text": "canary too"}, "attributeScores": {"TOXICITY": {"summaryScore": {"value": 1}}}}
+    suggested = client.post("/v1alpha1/comments:suggestscore", json=suggestion | {"doNotStore": True})
+    assert suggested.status_code == 200
+    named = ask(attributes=["canary"], doNotStore=True)
+    assert analyze(client, **named).status_code == 400
     connection = sqlite3.connect(client.database)
     rows = connection.execute(
         "SELECT status, text, text_sha256, text_key FROM requests ORDER BY received_at"
     ).fetchall()
-    assert rows == [("answered", None, None, None), ("refused", None, None, None)]
+    statuses = ["answered", "refused", "refused", "answered", "refused"]
+    assert rows == [(status, None, None, None) for status in statuses]
     assert "canary" not in "".join(connection.iterdump())
 
 
@@ -128,7 +136,14 @@ def test_a_suggested_score_is_kept_as_feedback(analyzer, client, value, label):
 
 
 @pytest.mark.parametrize(
-    "scores", [None, {}, {"INSULT": {"summaryScore": {"value": 1}}}, {"TOXICITY": {"summaryScore": 1}}]
+    "scores",
+    [
+        None,
+        {},
+        {"INSULT": {"summaryScore": {"value": 1}}},
+        {"TOXICITY": {"summaryScore": 1}},
+        {"TOXICITY": {"summaryScore": {"value": 10**400}}},
+    ],
 )
 def test_a_suggestion_that_is_none_is_refused(client, scores):
     body = {"comment": {"text": "such a day"}, "attributeScores": scores}

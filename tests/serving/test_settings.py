@@ -27,6 +27,7 @@ NONSENSE = {
     "TRUSTED_PROXIES": ["-1", "17", "one"],
     "PERSPECTIVE_UNSUPPORTED": ["maybe"],
     "MAX_CONTENT_LENGTH": ["0", "big"],
+    "UPLOADS_DIR": [" ", ".", "/"],
 }
 DATABASES = {
     "nonsense": "is no URL of a database",
@@ -38,6 +39,8 @@ DATABASES = {
     "sqlite:////etc/hostname": "can't be opened: file is not a database",
     "postgres://user:secret@127.0.0.1:1/name": "can't be opened",
     "postgresql://user:secret@no-such-host.invalid/name": "can't be opened",
+    "postgresql://user:secret@127.0.0.1:abc/name": "is no URL of a database",
+    "sqlite:////tmp/hatespeech-none/x.db?timeout=abc": "can't be opened",
     "postgresql+asyncpg://user:secret@host/name": "begins with postgresql+asyncpg",
 }
 
