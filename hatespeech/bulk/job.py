@@ -326,7 +326,7 @@ def _ray(address: str | None):
     if not ray.is_initialized():
         here = {} if address else {"include_dashboard": False}
         ray.init(address=address, log_to_driver=False, logging_level="ERROR", **here)
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what fails is said once, by _failures_named
     ray.data.DataContext.get_current().enable_progress_bars = False
     return ray
 

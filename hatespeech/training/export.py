@@ -80,6 +80,8 @@ def write_merged(model, tokenizer, folder: Path) -> None:
     _correct_byte_fallback(folder / "tokenizer.json")
     # The converter wants sentencepiece's own file where the base has one; transformers 5 writes tokenizer.json alone.
     base = model.peft_config["default"].base_model_name_or_path
+    if base.endswith(".gguf"):
+        return
     if vocabulary := cached_file(base, "tokenizer.model", _raise_exceptions_for_missing_entries=False):
         shutil.copy(vocabulary, folder)
 

@@ -157,6 +157,7 @@ def test_lines_that_are_no_json_and_half_characters_are_rows_too(ray, run, serve
 
 def test_what_a_worker_fails_of_is_told(ray, run, stand_in, tmp_path):
     """A host that answers nonsense once the run has begun."""
+    stand_in.body = b"{}"
     source = tmp_path / "a.csv"
     source.write_text("text\nsome text\n")
     with pytest.raises(UserError, match=r"Ollama's answer holds no label probabilities.*goes on"):
