@@ -62,13 +62,14 @@ def test_what_can_not_be_is_a_user_error(tmp_path):
 
 
 def test_ollama_gives_the_services_answers(run, server, ollama_host, service):
-    texts = some_texts(100)
+    texts = some_texts(30)
     check_alike(Classifier(run, ollama=ollama_host).classify(texts), Classifier(service=service).classify(texts))
 
 
 @pytest.mark.train
-def test_torch_gives_the_services_answers(run, server, service):
-    texts = some_texts(200)
+@pytest.mark.parametrize("n_texts", [30, pytest.param(200, marks=pytest.mark.long)])
+def test_torch_gives_the_services_answers(run, server, service, n_texts):
+    texts = some_texts(n_texts)
     check_alike(Classifier(run, torch=True).classify(texts), Classifier(service=service).classify(texts))
 
 
