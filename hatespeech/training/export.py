@@ -75,7 +75,9 @@ def write_merged(model, tokenizer, folder: Path) -> None:
     flush()
     runs.write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
     config = {key: value for key, value in model.config.to_dict().items() if key != "quantization_config"}
-    runs.write_json(folder / "config.json", config | {"dtype": "float16"})
+    # Read from a GGUF, a model's config does not name its architecture.
+    architectures = config.get("architectures") or [type(model.get_base_model()).__name__]
+    runs.write_json(folder / "config.json", config | {"dtype": "float16", "architectures": architectures})
     tokenizer.save_pretrained(folder)
     _correct_byte_fallback(folder / "tokenizer.json")
     # The converter wants sentencepiece's own file where the base has one; transformers 5 writes tokenizer.json alone.
