@@ -170,7 +170,10 @@ def test_served_it_answers_with_torchs_probabilities(trained, create, base_gguf,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("quantize", "shrinks_to", "tolerance"), [("Q8_0", 0.6, 0.05), ("Q4_K_M", 0.5, 0.15)])
+@pytest.mark.parametrize(
+    ("quantize", "shrinks_to", "tolerance"),
+    [pytest.param("Q8_0", 0.6, 0.05, marks=pytest.mark.long), ("Q4_K_M", 0.5, 0.15)],
+)
 def test_quantised_it_is_smaller_and_nearly_the_same(trained, create, texts, tmp_path, quantize, shrinks_to, tolerance):
     for name in ("model.gguf", "Modelfile", "settings.json"):
         shutil.copy(trained / name, tmp_path)
@@ -186,7 +189,7 @@ def test_quantised_it_is_smaller_and_nearly_the_same(trained, create, texts, tmp
     assert 0 < difference < tolerance
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_misordered_adapter_would_be_seen(trained, create, base_gguf, texts, tmp_path):
     """Leave q and k in PEFT's rotary order, and the test above must fail."""
     reader = gguf.GGUFReader(trained / "adapter.gguf")
@@ -210,7 +213,7 @@ def test_a_misordered_adapter_would_be_seen(trained, create, base_gguf, texts, t
     assert np.abs(wrong - expected).max() > 2 * TOLERANCE
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_base_directory_goes_through_llama_cpps_converter(some_rows, some_checks, base_gguf, create, texts, tmp_path):
     """--model DIRECTORY: merged 16-bit weights, converted to model.gguf, served with torch's probabilities."""
     with tuning._as_directory(str(base_gguf), tokens.load_tokenizer(str(base_gguf))) as base:
