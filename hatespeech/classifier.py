@@ -25,7 +25,7 @@ from hatespeech import UserError, runs, task
 from hatespeech.answers import Verdict, verdicts
 from hatespeech.calibration import Calibration
 from hatespeech.hosts import Hosts
-from hatespeech.ollama import Ollama
+from hatespeech.ollama import Ollama, TextTooLong
 
 SHIPPED = Path(__file__).parents[1] / "results" / "smollm2-135m"
 # Of a stream, so many texts are asked or computed at once.
@@ -131,7 +131,7 @@ class Classifier:
         def several(texts: list[str]) -> list[Verdict]:
             probabilities = scorer.label_probabilities(texts)
             if (probabilities != probabilities).any():
-                raise ValueError(f"a text is too long: with the instruction it may take {task.CONTEXT_TOKENS} tokens")
+                raise ValueError(str(TextTooLong()))
             return verdicts(probabilities, calibration, self._class_scores, self._flag_above)
 
         return several

@@ -19,6 +19,7 @@ import fnmatch
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import lzma
 import re
@@ -54,6 +55,10 @@ _MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
+
+
+# Fields, text, what is wrong, and the number of the first line.
+Row = tuple[list[str], str | None, str, int]
 
 
 @dataclass(frozen=True)
@@ -111,14 +116,17 @@ class Table:
                 yield from read(number, group)
 
     def _csv_batches(self, number: int, _group) -> Iterator[pyarrow.Table]:
-        dialect, file = self.dialects[number], self.files[number]
-        folders, n_fields = self.folders[number], len(self.dialects[number].header)
+        header = self.dialects[number].header
         # Where each of the table's columns stands in this file's rows; a column that only other files have is empty.
-        fields_here = [*dialect.header, *folders]
+        fields_here = [*header, *self.folders[number]]
         from_field = [fields_here.index(name) if name in fields_here else None for name in self.columns]
-        if self.columns == dialect.header:  # a name may be there twice
-            from_field = list(range(n_fields))
-        text_field, rows = dialect.header.index(self.text_column), []
+        if self.columns == header:  # a name may be there twice
+            from_field = list(range(len(header)))
+        yield from _batched(self._csv_rows(number), from_field)
+
+    def _csv_rows(self, number: int) -> Iterator[Row]:
+        dialect, file, folders = self.dialects[number], self.files[number], self.folders[number]
+        n_fields, text_field = len(dialect.header), dialect.header.index(self.text_column)
         with self._lines(number, dialect.encoding) as lines:
             n_skipped = 0
             if dialect.sep_line:
@@ -132,15 +140,13 @@ class Table:
                 # The fields of a row with too many stay together in the last column.
                 extra = [dialect.delimiter.join(fields[n_fields - 1 :])] if len(fields) > n_fields else []
                 fields = fields[: n_fields - 1] + extra if extra else fields + [""] * (n_fields - len(fields))
-                rows.append(([*fields, *folders.values()], text, error or no_text, line))
-                if len(rows) == ROWS_AT_ONCE:
-                    yield _as_batch(rows, from_field)
-                    rows = []
-        if rows:
-            yield _as_batch(rows, from_field)
+                yield [*fields, *folders.values()], text, error or no_text, line
 
     def _json_batches(self, number: int, _group) -> Iterator[pyarrow.Table]:
-        rows, folders = [], json.dumps(self.folders[number])[1:-1]
+        yield from _batched(self._json_rows(number), [0])
+
+    def _json_rows(self, number: int) -> Iterator[Row]:
+        folders = json.dumps(self.folders[number])[1:-1]
         with self._lines(number, "utf-8-sig") as lines:
             for line_number, line in enumerate(lines, 1):
                 line = line.strip()
@@ -160,12 +166,7 @@ class Table:
                     text, error = text_in(value.get(self.text_column))
                 if folders:
                     line = _extended(line, folders)
-                rows.append(([line], text, error, line_number))
-                if len(rows) == ROWS_AT_ONCE:
-                    yield _as_batch(rows, [0])
-                    rows = []
-        if rows:
-            yield _as_batch(rows, [0])
+                yield [line], text, error, line_number
 
     def _parquet_batches(self, number: int, group: int | None) -> Iterator[pyarrow.Table]:
         with self.fs.open(self.files[number], "rb") as opened:
@@ -462,13 +463,14 @@ def text_in(value: object, encoding: str = "utf-8") -> tuple[str | None, str]:
 def json_object(line: str) -> dict | None:
     """A line's JSON object, its numbers as they are written; None where it is none. NaN and Infinity are no JSON."""
     try:
-        value = json.loads(line, parse_int=str, parse_float=str, parse_constant=_no_constant)
+        value = json.loads(line, parse_int=str, parse_float=str, parse_constant=no_constant)
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
 
 
-def _no_constant(name: str):
+def no_constant(name: str):
+    """json's parse_constant, where NaN and Infinity are no JSON."""
     raise ValueError(f"{name} is no JSON")
 
 
@@ -634,7 +636,12 @@ def _records(lines: Iterator[str], delimiter: str, file: str, line: int) -> Iter
             yield first, fields, error
 
 
-def _as_batch(rows: list[tuple[list[str], str | None, str, int]], from_field: list[int | None]) -> pyarrow.Table:
+def _batched(rows: Iterator[Row], from_field: list[int | None]) -> Iterator[pyarrow.Table]:
+    while some := list(itertools.islice(rows, ROWS_AT_ONCE)):
+        yield _as_batch(some, from_field)
+
+
+def _as_batch(rows: list[Row], from_field: list[int | None]) -> pyarrow.Table:
     values, texts, errors, lines = zip(*rows, strict=True)
     columns = {}
     for place, field in enumerate(from_field):

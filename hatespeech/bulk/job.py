@@ -123,7 +123,7 @@ class PartWriter:
         probabilities = self._probabilities([asked[number][0] for number in good])
         fits = ~np.isnan(probabilities).any(axis=1)
         verdicts = iter(answers.verdicts(probabilities[fits], self._calibration, self._class_scores))
-        too_long = f"the text is too long: with the instruction it may take {task.CONTEXT_TOKENS} tokens"
+        too_long = str(ollama.TextTooLong())
         for number, fit in zip(good, fits, strict=True):
             columns[number] = answers.as_columns(next(verdicts)) if fit else answers.error_columns(too_long)
         return columns

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from http import HTTPStatus
 from urllib.parse import parse_qs
 
-from flask import Blueprint, Request, Response, g, request, stream_with_context
+from flask import Blueprint, Response, g, request, stream_with_context
 from sqlalchemy.exc import SQLAlchemyError
 from werkzeug.exceptions import BadRequest, HTTPException, NotFound, UnsupportedMediaType
 
@@ -40,9 +40,9 @@ def infer() -> Response:
 
 def text_sent() -> tuple[bytes, dict | None]:
     """The text in the request's body; and, where that was JSON, the object it came in."""
+    body = body_read()
     if request.mimetype == "multipart/form-data":
-        body = body_read()
-        sent = form_read().files.get("text")
+        sent = request.files.get("text")
         if sent is None and "text" not in request.form:
             raise refused(None, "a form has the text in a field called text", UnsupportedMediaType)
         if sent:
@@ -51,7 +51,6 @@ def text_sent() -> tuple[bytes, dict | None]:
         if "\ufffd" in text and "\ufffd".encode() not in body:  # werkzeug's own, for bytes that are no UTF-8
             raise refused(None, "the text is not UTF-8")
         return text.encode("utf-8", "surrogatepass"), None
-    body = body_read()
     if request.mimetype not in TEXT_TYPES:
         raise refused(
             body, f"{request.mimetype[:100]} is no text; these are: {', '.join(TEXT_TYPES[1:])}", UnsupportedMediaType
@@ -183,22 +182,15 @@ def classified(body: bytes, **how) -> Answer:
 
 
 def body_read() -> bytes:
-    """The request's body; one that can't be read is logged as refused."""
+    """The request's body, its form parsed if it is one; a body that can't be read is logged as refused."""
     try:
-        return request.get_data()
+        body = request.get_data()
+        if request.mimetype == "multipart/form-data":
+            request.form.get("text")
+        return body
     except HTTPException as error:
         parts().service.refuse(None, error.code, error.name, route=request.path, api_key=g.api_key)
         raise
-
-
-def form_read() -> Request:
-    """The request, its form parsed; one that can't be is logged as refused."""
-    try:
-        request.form.get("text")
-    except HTTPException as error:
-        parts().service.refuse(None, error.code, error.name, route=request.path, api_key=g.api_key)
-        raise
-    return request
 
 
 def refused(body: bytes | None, reason: str, kind: type[HTTPException] = BadRequest) -> HTTPException:

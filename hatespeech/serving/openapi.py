@@ -7,7 +7,7 @@ from pathlib import Path
 import yaml
 from jsonschema import Draft202012Validator
 
-from hatespeech import __version__
+from hatespeech import __version__, tables
 
 # What a rule of JSON Schema asks, in words.
 SCHEMA_WORDS = {
@@ -51,7 +51,7 @@ def schema_error(name: str, value: object) -> str | None:
 def parsed(body: bytes) -> object:
     """The JSON value of a body, members that are null left out; None where it is none. NaN and Infinity are no JSON."""
     try:
-        return json.loads(body, parse_constant=_no_json, object_pairs_hook=_without_nulls)
+        return json.loads(body, parse_constant=tables.no_constant, object_pairs_hook=_without_nulls)
     except (ValueError, RecursionError):
         return None
 
@@ -65,10 +65,6 @@ def half_a_character(value: object) -> str | None:
     except RecursionError:
         return "the body is nested too deep"
     return None
-
-
-def _no_json(name: str):
-    raise ValueError(f"{name} is no JSON")
 
 
 def _without_nulls(members: list[tuple[str, object]]) -> dict:

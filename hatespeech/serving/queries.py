@@ -53,7 +53,7 @@ def roll_up(store: Store) -> None:
 
     Two may do it at once: of each hour, one is the first.
     """
-    until = (log.now() - _SETTLED).replace(minute=0, second=0, microsecond=0)
+    until = log.hour_of(log.now() - _SETTLED)
     mark = _rolled_up_until(store)
     if mark >= until:
         return
@@ -93,7 +93,7 @@ def tallies(store: Store, span: Span) -> Counter[tuple[datetime, str, str, str]]
 
     Hours that roll_up has counted, and the others' requests as they are now.
     """
-    since = span.since.replace(minute=0, second=0, microsecond=0)
+    since = log.hour_of(span.since)
     mark = _rolled_up_until(store)  # what was counted up to here stays as it is, whoever goes on counting
     counted = select(Tally).where(Tally.hour >= since, Tally.hour < min(mark, span.until))
     live = select(*_COUNTED).where(Request.finished_at >= max(mark, since), Request.finished_at < span.until)

@@ -12,7 +12,7 @@ import numpy as np
 from hatespeech import task
 from hatespeech.serving import queries
 from hatespeech.serving.queries import Span
-from hatespeech.serving.store import LATENCY_BINS, SCORE_BINS, Store
+from hatespeech.serving.store import LATENCY_BINS, SCORE_BINS, Store, hour_of
 
 # Rules of thumb from credit scoring, where the index comes from (Siddiqi 2006, Credit Risk Scorecards).
 PSI_MODERATE, PSI_DRIFTED = 0.1, 0.25
@@ -53,9 +53,9 @@ def population_stability_index(expected: np.ndarray, found: np.ndarray) -> float
 def report(store: Store, span: Span, reference: dict | None) -> dict:
     """All figures of a time range. Latencies are within 5 %, from bins of 9 %; times are UTC."""
     # Counts are of whole hours, and so is all that stands beside them.
-    until = span.until.replace(minute=0, second=0, microsecond=0)
+    until = hour_of(span.until)
     until += timedelta(hours=1) * (until < span.until)
-    span = replace(span, since=span.since.replace(minute=0, second=0, microsecond=0), until=until)
+    span = replace(span, since=hour_of(span.since), until=until)
     by = "hour" if span.until - span.since <= timedelta(days=3) else "day"
     steps, days, models = (defaultdict(lambda: defaultdict(Counter)) for _ in range(3))
     total: dict[str, Counter] = defaultdict(Counter)

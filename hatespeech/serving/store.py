@@ -139,8 +139,13 @@ def tallies_of(
         if duration_ms is not None:
             bins += [("latency", str(math.floor(math.log2(max(duration_ms, 0.01)) * LATENCY_BINS)))]
         bins += [("abstained", "yes")] if abstain else []
-    hour = finished_at.replace(minute=0, second=0, microsecond=0)
+    hour = hour_of(finished_at)
     return sorted((hour, model_digest or "", measure, name) for measure, name in bins)
+
+
+def hour_of(time: datetime) -> datetime:
+    """The beginning of its hour."""
+    return time.replace(minute=0, second=0, microsecond=0)
 
 
 def tally_rows(counts: Mapping[tuple[datetime, str, str, str], int]) -> list[dict]:

@@ -108,8 +108,8 @@ class Uploads:
             runs.write_json(folder / "about.json", about)
             if not files.n_done(target):  # a journal without rows may be of a model that is served no more
                 files.journal_of(target).unlink(missing_ok=True)
-            about = (folder, about, table, target)
-            threading.Thread(target=self._run, args=about, daemon=True, name=f"file {name}").start()
+            arguments = (folder, about, table, target)
+            threading.Thread(target=self._run, args=arguments, daemon=True, name=f"file {name}").start()
             for _ in range(100):  # until its lock tells other requests, and other processes, that it runs
                 if files.is_running(target) or target.exists():
                     break
@@ -141,17 +141,17 @@ class Uploads:
         return send_file(path, as_attachment=True, download_name=f"classified-{about['filename']}")
 
     def delete(self, name: str, reader: str | None) -> None:
-        folder, _ = self._folder(name, reader)
-        if files.is_running(_target(folder)):
-            raise Conflict("this file is being classified: wait until it is done")
-        shutil.rmtree(folder)
+        shutil.rmtree(self._idle_folder(name, reader))
 
     def forget_answers(self, name: str, reader: str | None) -> None:
         """Begin from the beginning, where what is done was of another model or column."""
+        files.journal_of(_target(self._idle_folder(name, reader))).unlink(missing_ok=True)
+
+    def _idle_folder(self, name: str, reader: str | None) -> Path:
         folder, _ = self._folder(name, reader)
         if files.is_running(_target(folder)):
             raise Conflict("this file is being classified: wait until it is done")
-        files.journal_of(_target(folder)).unlink(missing_ok=True)
+        return folder
 
     def _folder(self, name: str, reader: str | None) -> tuple[Path, dict]:
         folder = self.folder / name
