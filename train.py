@@ -27,7 +27,18 @@ except ModuleNotFoundError as error:
     sys.exit(f"train: {error.name} is not installed: conda env create -f environment.yml, or pip install -e '.[train]'")
 
 from hatespeech import UserError, calibration, ollama, runs, tables, tokens
-from hatespeech.training import averaging, checks, data, evaluation, export, recording, reference, tuning
+from hatespeech.training import (
+    averaging,
+    checks,
+    data,
+    evaluation,
+    export,
+    loop,
+    processes,
+    recording,
+    reference,
+    tuning,
+)
 
 # Mean difference of label probabilities, trained against served: rounding to 16 bit costs some thousandths, bf16 on a
 # GPU hundredths, a wrong tokenizer or rotary order tenths.
@@ -121,7 +132,7 @@ def main(settings: Settings) -> None:
     tuning.check_base(settings.model)
     if settings.reference:
         return reference.run(settings)
-    with tuning.processes() as rank, nullcontext() if rank else runs.run_folder(folder) as work:
+    with processes.joined() as rank, nullcontext() if rank else runs.run_folder(folder) as work:
         # Load and split.
         tokenizer = tokens.load_tokenizer(settings.model)
         splits, counts = load_splits(settings, functional, tokenizer)
@@ -229,11 +240,12 @@ def goals_of(train: pd.DataFrame, settings: Settings) -> np.ndarray:
 
 
 def tune(classifier, prompts: list[list[int]], goals: np.ndarray, settings: Settings, work: Path | None) -> dict:
-    """Train the members and leave their average in the classifier; what tuning.fit says of all of them."""
-    start, states, told = averaging.state(classifier.model), [], []
+    """Train the members and leave their average in the classifier; what loop.fit reports of all of them."""
+    start = averaging.state(classifier.model)
+    states, reports = [], []
     for member in range(settings.members):
         averaging.restore(classifier.model, start)
-        training = tuning.fit(
+        training = loop.fit(
             classifier,
             prompts,
             goals,
@@ -245,12 +257,14 @@ def tune(classifier, prompts: list[list[int]], goals: np.ndarray, settings: Sett
             checkpoint_every_s=settings.checkpoint_every_s,
         )
         states.append(averaging.state(classifier.model))
-        told.append(training)
+        reports.append(training)
     if settings.members == 1:
         return training
     mean, lost = averaging.average(states)
     averaging.restore(classifier.model, mean)
-    sums = {name: round(sum(each[name] for each in told), 2) for name in ("steps", "rows", "seconds", "steps_left_out")}
+    sums = {
+        name: round(sum(each[name] for each in reports), 2) for name in ("steps", "rows", "seconds", "steps_left_out")
+    }
     sums["rows_per_s"] = round(sums["rows"] / max(sums["seconds"], 1e-9), 1)
     return training | sums | {"members": settings.members, "update_lost_by_the_rank": round(lost, 4)}
 
@@ -285,7 +299,7 @@ def finish_gguf(folder: Path, classifier, quantize: str, texts: list[str], expec
             difference = np.abs(ollama.served_once(folder, label_tokens, texts) - expected).mean()
             print(f": label probabilities differ from training's by {difference:.4f} on average", end="")
         print("\nthe calibration was fitted before that, so the service answers `calibrated: false` until")
-        print("`python -m train --evaluate-only` has fitted it to what is served, and told what quantising costs")
+        print("`python -m train --evaluate-only` has fitted it to what is served, and says what quantising costs")
     shutil.rmtree(folder / "merged", ignore_errors=True)
 
 

@@ -15,7 +15,7 @@ import unicodedata
 
 import emoji
 
-FORM = f"1, emoji {emoji.__version__}"
+FORM = f"2, emoji {emoji.__version__}"
 
 # A whole entity, escaped once or many times over: &lt; &amp;lt; &#115; A bare `&copy` may be part of a link.
 _ENTITY = re.compile(r"&(?:amp;)*(#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});")
@@ -50,23 +50,40 @@ _LOOKALIKES = (
     | _pairs("օսհոզ", "ouhnq")
     | _pairs("ıɑɡᴀʙᴄᴅᴇꜰɢʜɪᴊᴋʟᴍɴᴏᴘʀꜱᴛᴜᴠᴡʏᴢ", "iagabcdefghijklmnoprstuvwyz")
 )
+# Those whose letters are in _LOOKALIKES.
+_ALPHABETS = ("CYRILLIC ", "GREEK ", "ARMENIAN ")
+# Quotation marks, and the accents that are typed for an apostrophe, as U+00B4.
+_QUOTES = str.maketrans(dict.fromkeys("\u2018\u2019\u201b\u02bc\u00b4\u2032", "'") | dict.fromkeys("“”„‟″", '"'))
+# An accent that stands alone, as in ¯\_(ツ)_/¯, would become a blank and a mark: NFKC is for all but these.
+_SPACING_ACCENTS = (
+    "\u00a8\u00af\u00b8\u02d8-\u02dd\u0384\u0385\u1fbd-\u1fc1\u1fcd-\u1fcf\u1fdd-\u1fdf\u1fed\u1fee\u1ffd\u1ffe"
+)
+_FOR_NFKC = re.compile(f"[^{_SPACING_ACCENTS}]+")
 # Letters in a black circle or square, which NFKC leaves.
 _ENCLOSED = {start + k: chr(ord("A") + k) for start in (0x1F150, 0x1F170) for k in range(26)}
 
 
 def normal_form(text: str) -> str:
-    """The text as the model reads it; empty where nothing visible is in it. Applied to its own result, it changes
-    nothing more, but for entities escaped in more than three different ways at once."""
-    for _ in range(3):
-        unescaped = _ENTITY.sub(lambda match: html.unescape(f"&{match[1]};"), text)
-        if unescaped == text:
+    """The text as the model reads it; empty where nothing visible is in it. Its own result it does not change.
+
+    What one rule uncovers, an entity behind an invisible character say, may be for a rule before it: so all rules are
+    applied until none changes anything. Real texts need two rounds; where eight are not enough, somebody plays.
+    """
+    for _ in range(8):
+        before, text = text, _one_round(text)
+        if text == before:
             break
-        text = unescaped
+    return text
+
+
+def _one_round(text: str) -> str:
+    text = _ENTITY.sub(lambda match: html.unescape(f"&{match[1]};"), text)
     text = _LINE_END.sub("\n", text)
     text = _CONTROL.sub("", text.replace("\t", " "))
     if not text.isascii():
         text = _REVERSED.sub(lambda match: match[1][::-1], text)
-        text = unicodedata.normalize("NFKC", _KEYCAP.sub(r"\1", text).translate(_BLANK).translate(_ENCLOSED))
+        text = _KEYCAP.sub(r"\1", text).translate(_BLANK).translate(_ENCLOSED).translate(_QUOTES)
+        text = _FOR_NFKC.sub(lambda match: unicodedata.normalize("NFKC", match[0]), text)
         text = _one_alphabet(_visible(_named(text)))
     text = _SPACED_OUT.sub(lambda match: re.sub("  +", "\n", match[0]).replace(" ", "").replace("\n", " "), text)
     text = _SIGNS_BETWEEN.sub(lambda match: match[0].replace(match[1], ""), text)
@@ -103,18 +120,29 @@ def _visible(text: str) -> str:
 
 
 def _one_alphabet(text: str) -> str:
-    """Look-alikes as the Latin letters they pass for, in words that have some of both, or nothing else in a text that
-    is Latin otherwise. Other words, Russian ones say, stay."""
-    latin = any(c.isascii() and c.isalpha() for c in text)
+    """Look-alikes as the Latin letters they pass for, in words of both, and in words of nothing else where the text is
+    Latin otherwise. Russian, Greek and Armenian words stay, and so do their short ones that look Latin."""
+    latin = of_lookalikes = 0
+    foreign = False
+    for match in _WORD.finditer(text):
+        word = match[0]
+        if any(c not in _LOOKALIKES and unicodedata.name(c, "").startswith(_ALPHABETS) for c in word):
+            foreign = True
+        elif all(c in _LOOKALIKES for c in word):
+            of_lookalikes += len(word)
+        elif any(c.isascii() for c in word):
+            latin += len(word)
+    is_latin = not foreign and latin >= of_lookalikes
 
     def mend(match: re.Match) -> str:
         word = match[0]
-        mixed = any(c.isascii() or c in _LOOKALIKES for c in word)
-        if not mixed or not latin or not all(c in _LOOKALIKES or _is_latin(c) for c in word):
+        if not all(c in _LOOKALIKES or _is_latin(c) for c in word):
+            return word
+        if not is_latin and not any(c.isascii() for c in word):
             return word
         return "".join(_LOOKALIKES.get(c, c) for c in word)
 
-    return _WORD.sub(mend, text)
+    return _WORD.sub(mend, text) if latin else text
 
 
 def _is_latin(c: str) -> bool:

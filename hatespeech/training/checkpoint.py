@@ -43,7 +43,13 @@ class Checkpoint:
             state.load_state_dict(value)
         self.step, self.rows, self.seconds = (stored[0][name] for name in ("step", "rows", "seconds"))
         self.losses = list(stored[0]["losses"].to(self.weights[0].device))
-        print(f"going on from step {self.step}, which {self.path} holds")
+        print(f"resumed from step {self.step}, which {self.path} holds")
+
+    def add(self, loss, n_rows: int) -> None:
+        """One step more. loss: a tensor of no dimensions."""
+        self.losses.append(loss)
+        self.step += 1
+        self.rows += n_rows
 
     def save(self) -> str | None:
         """Replace the file by the present state, whole or not at all; what went wrong, where the disk is at fault.

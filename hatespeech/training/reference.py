@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from hatespeech import UserError, task, tokens
-from hatespeech.training import data, evaluation, tuning
+from hatespeech.training import data, evaluation, loop, tuning
 
 ROWS, TEST_SHARE, EPOCHS, LEARNING_RATE, BATCH_SIZE, LORA = 14_400, 0.2, 1, 1e-4, 8, {"rank": 16, "alpha": 16}
 
@@ -34,7 +34,7 @@ def run(settings) -> None:
     tokenizer = tokens.load_tokenizer(settings.model)
     classifier = tuning.load(settings.model, tokenizer, **LORA, seed=settings.seed)
     prompts = tokens.encode(tokenizer, train["text"].tolist())
-    tuning.fit(
+    loop.fit(
         classifier,
         prompts,
         np.eye(4)[evaluation.numbers(train["label"])],

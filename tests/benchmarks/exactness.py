@@ -51,7 +51,7 @@ def random_lora(model) -> None:
 def naive(classifier, prompt: list[int]):
     """(3,) label log-probabilities of one row, by the model's own forward over all its positions."""
     ids = torch.tensor([prompt], device=next(classifier.model.parameters()).device)
-    with torch.autocast("cuda", tuning._cuda_dtype(), enabled=ids.is_cuda):
+    with torch.autocast("cuda", tuning.half_precision(), enabled=ids.is_cuda):
         logits = classifier.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
     return logits[0, -1].float().log_softmax(-1)[list(classifier.label_ids)]
 
@@ -77,12 +77,12 @@ def levers(classifier, prompts: list[list[int]], targets: np.ndarray) -> dict[st
     def graphed() -> float:
         def one_pass(tensors: dict):
             goals = tensors.pop("goals")
-            loss = -(goals * tuning.event_logprobs(tuning._label_logprobs(classifier, **tensors))).sum()
+            loss = -(goals * tuning.event_logprobs(tuning.forward(classifier, **tensors))).sum()
             loss.backward()
             return loss.detach()
 
         piece, graphs = packing.pack(prompts, 512), gpu.Graphs(one_pass)
-        arrays = tuning._inputs(classifier, piece) | {"goals": targets[piece.rows]}
+        arrays = tuning.inputs_of(classifier, piece) | {"goals": targets[piece.rows]}
         for _ in range(2):  # computed as usual, then captured
             graphs(arrays)
         for parameter in classifier.model.parameters():

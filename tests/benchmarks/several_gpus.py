@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from hatespeech import runs, tokens
-from hatespeech.training import averaging, data, recording, tuning
+from hatespeech.training import averaging, data, loop, processes, recording, tuning
 from tests.benchmarks.training import ALPHA, BASE, LEARNING_RATE, RANK, ROOT, load_rows
 
 STEPS = 40
@@ -26,7 +26,7 @@ STEPS = 40
 
 def worker(base: str, output: Path, speed: bool, batch_size: int) -> None:
     """One process of torchrun: train, and write the adapter and the speed, from process 0."""
-    with tuning.processes() as rank:
+    with processes.joined() as rank:
         tuning.check_base(base)
         tokenizer = tokens.load_tokenizer(base)
         rows = load_rows(tokenizer)
@@ -34,13 +34,13 @@ def worker(base: str, output: Path, speed: bool, batch_size: int) -> None:
         prompts, goals = tokenizer(rows["prompt"].tolist()).input_ids, data.targets(rows, 0.5)
         schedule = {"batch_size": batch_size, "learning_rate": LEARNING_RATE, "seed": 0}
         if not speed:
-            done = tuning.fit(classifier, prompts, goals, steps=STEPS if batch_size > 64 else 6, **schedule)
+            done = loop.fit(classifier, prompts, goals, steps=STEPS if batch_size > 64 else 6, **schedule)
             found = {"rows_per_s": done["rows_per_s"]}
         else:
             # Every fit compiles or captures the shapes that come first; the difference of two is without.
-            tuning.fit(classifier, prompts, goals, steps=2, **schedule)
-            first = tuning.fit(classifier, prompts, goals, steps=5, **schedule)
-            done = tuning.fit(classifier, prompts, goals, steps=21, **schedule)
+            loop.fit(classifier, prompts, goals, steps=2, **schedule)
+            first = loop.fit(classifier, prompts, goals, steps=5, **schedule)
+            done = loop.fit(classifier, prompts, goals, steps=21, **schedule)
             found = {"rows_per_s": (done["rows"] - first["rows"]) / (done["seconds"] - first["seconds"])}
         found |= {"processes": done["processes"], "last_loss": done["last_loss"]}
         if rank == 0:

@@ -24,7 +24,7 @@ import pandas as pd
 
 import train
 from hatespeech import packing, runs, task, tokens
-from hatespeech.training import data, recording, tuning
+from hatespeech.training import data, loop, recording, tuning
 
 ROOT = Path(train.__file__).parent
 BASE = ROOT / ".cache" / "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -198,7 +198,7 @@ def with_sft_trainer(base: Path, rows: pd.DataFrame, seconds: float, *, unsloth:
 
 
 def with_ours(base: Path, rows: pd.DataFrame, seconds: float, *, share: bool = True, small_card: bool = False) -> dict:
-    """tuning.py, as `python -m train` calls it. small_card: all but 22 GB of the GPU's memory are taken."""
+    """loop.py, as `python -m train` calls it. small_card: all but 22 GB of the GPU's memory are taken."""
     import torch
 
     tokenizer = tokens.load_tokenizer(str(base))
@@ -214,7 +214,7 @@ def with_ours(base: Path, rows: pd.DataFrame, seconds: float, *, share: bool = T
 
     def fit(steps: int) -> dict:
         settings = {"batch_size": batch_size, "learning_rate": LEARNING_RATE, "seed": 0}
-        return tuning.fit(classifier, prompts, targets, steps=steps, **settings)
+        return loop.fit(classifier, prompts, targets, steps=steps, **settings)
 
     # Every fit compiles or captures the shapes that come first. Two of the same beginning: their difference is without.
     beginning = 24 if base.joinpath("model.safetensors").stat().st_size < 1e9 else 6

@@ -19,7 +19,7 @@ import pandas as pd
 
 import train
 from hatespeech import UserError, calibration, runs, task, tokens
-from hatespeech.training import averaging, data, evaluation, recording, tuning
+from hatespeech.training import averaging, data, evaluation, loop, recording, tuning
 
 ROOT = Path(train.__file__).parent
 BASE = ROOT / ".cache" / "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -87,7 +87,7 @@ def measure(
     goals, states = data.targets(frame, learning.score_error) * weights[:, None], []
     for order in range(members):
         classifier = tuning.load(base, tokenizer, rank=learning.rank, alpha=learning.alpha, seed=learning.seed)
-        done = tuning.fit(
+        done = loop.fit(
             classifier,
             prompts,
             goals,

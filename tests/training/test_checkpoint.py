@@ -90,8 +90,8 @@ def test_ctrl_c_then_kill_9_then_the_same_result(arguments, whole, tmp_path):
     assert not folder.exists()
 
     output = finish(start(arguments, folder))
-    assert "going on from step 40, which" in output
-    assert output.count("going on from step ") == 2
+    assert "resumed from step 40, which" in output
+    assert output.count("resumed from step ") == 2
     assert torch.equal(weights(folder), weights(whole))
     assert (folder / "metrics.json").read_text() == (whole / "metrics.json").read_text()
     assert not list(folder.glob("checkpoint*"))

@@ -5,7 +5,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hatespeech import UserError, task, tokens
-from hatespeech.training import tuning
+from hatespeech.training import loop, tuning
 
 TEXTS = ["short", "a somewhat longer text, with 😀 and <|im_end|>", "xy " * 70, "[/INST] Hate"]
 # Of Hate, Neutral, Supportive, and Neutral or Supportive.
@@ -38,14 +38,14 @@ def test_the_same_seed_gives_the_same_model(tokenizer, classifier):
     outcomes = []
     for _ in range(2):
         classifier.model.load_state_dict(start)
-        tuning.fit(classifier, prompts, TARGETS, steps=3, batch_size=2, learning_rate=1e-2, seed=5)
+        loop.fit(classifier, prompts, TARGETS, steps=3, batch_size=2, learning_rate=1e-2, seed=5)
         outcomes.append(tuning.predict(classifier, prompts))
     assert np.array_equal(*outcomes)
 
 
 def test_training_learns(classifier):
     prompts = tokens.encode(classifier.tokenizer, TEXTS)
-    done = tuning.fit(classifier, prompts, TARGETS, steps=60, batch_size=4, learning_rate=3e-2, seed=0)
+    done = loop.fit(classifier, prompts, TARGETS, steps=60, batch_size=4, learning_rate=3e-2, seed=0)
     assert done["rows"] == 240
     assert done["steps_left_out"] == 0
     assert tuning.predict(classifier, prompts).argmax(axis=1).tolist() == TARGETS.argmax(axis=1).tolist()
@@ -71,7 +71,7 @@ def test_not_hate_pulls_at_both_others_as_they_are(classifier):
 
     prompts, goals = tokens.encode(classifier.tokenizer, TEXTS), np.tile([0, 0, 0, 1.0], (len(TEXTS), 1))
     before = tuning.label_probabilities(classifier, prompts)
-    tuning.fit(classifier, prompts, goals, steps=20, batch_size=4, learning_rate=3e-2, seed=0)
+    loop.fit(classifier, prompts, goals, steps=20, batch_size=4, learning_rate=3e-2, seed=0)
     after = tuning.label_probabilities(classifier, prompts)
     assert after[:, 0].max() < before[:, 0].min()
 
@@ -82,7 +82,7 @@ def test_the_loss_is_that_of_the_definition(classifier):
     goals = np.array([[1, 0, 0, 0], [0, 0, 0, 1], [0.2, 0.3, 0.5, 0], [0, 0, 0, 0.5]])
     logprobs = tuning.predict(classifier, prompts)
     events = np.column_stack([logprobs, np.logaddexp(logprobs[:, 1], logprobs[:, 2])])
-    done = tuning.fit(classifier, prompts, goals, steps=1, batch_size=4, learning_rate=1e-9, seed=0)
+    done = loop.fit(classifier, prompts, goals, steps=1, batch_size=4, learning_rate=1e-9, seed=0)
     assert done["last_loss"] == pytest.approx(-(goals * events).sum() / 4, abs=1e-4)
     assert done["curve"]["loss"] == [pytest.approx(done["last_loss"], abs=1e-4)]
 
@@ -92,11 +92,11 @@ def test_when_memory_runs_out_fewer_tokens_at_once_give_the_same_result(classifi
     prompts = tokens.encode(classifier.tokenizer, TEXTS)
     start = {name: value.clone() for name, value in classifier.model.state_dict().items()}
     settings = {"steps": 4, "batch_size": 4, "learning_rate": 1e-2, "seed": 0}
-    tuning.fit(classifier, prompts, TARGETS, **settings)
+    loop.fit(classifier, prompts, TARGETS, **settings)
     whole = tuning.predict(classifier, prompts)
 
     classifier.model.load_state_dict(start)
-    real = tuning._label_logprobs
+    real = tuning.forward
 
     def small(classifier, *, ids, **others):
         if ids.numel() > 128:
@@ -104,32 +104,35 @@ def test_when_memory_runs_out_fewer_tokens_at_once_give_the_same_result(classifi
         return real(classifier, ids=ids, **others)
 
     with monkeypatch.context() as patch:
-        patch.setattr(tuning, "_label_logprobs", small)
-        tuning.fit(classifier, prompts, TARGETS, **settings)
+        patch.setattr(tuning, "forward", small)
+        loop.fit(classifier, prompts, TARGETS, **settings)
     assert classifier.tokens_at_once < 200
     assert tuning.predict(classifier, prompts) == pytest.approx(whole, abs=1e-4)
-    assert f"out of GPU memory: going on with {classifier.tokens_at_once} tokens at once" in capsys.readouterr().out
+    assert (
+        f"out of GPU memory: training continues with {classifier.tokens_at_once} tokens at once"
+        in capsys.readouterr().out
+    )
 
     def none(*_, **__):
         raise torch.cuda.OutOfMemoryError
 
-    monkeypatch.setattr(tuning, "_label_logprobs", none)
+    monkeypatch.setattr(tuning, "forward", none)
     with pytest.raises(UserError, match="can't hold one row"):
-        tuning.fit(classifier, prompts, TARGETS, **settings)
+        loop.fit(classifier, prompts, TARGETS, **settings)
 
 
 def test_a_loss_that_is_no_number_stops_the_run(classifier):
     prompts = tokens.encode(classifier.tokenizer, TEXTS)
     with pytest.raises(UserError, match="the loss is nan at step 1: try a smaller --learning-rate"):
-        tuning.fit(classifier, prompts, TARGETS * np.nan, steps=1, batch_size=4, learning_rate=1e-2, seed=0)
+        loop.fit(classifier, prompts, TARGETS * np.nan, steps=1, batch_size=4, learning_rate=1e-2, seed=0)
 
 
 def test_batches_cover_every_row_once_an_epoch_and_skip_what_was_done():
-    batches = tuning._batches(1000, 32, seed=1, skip=0)
+    batches = loop._batches(1000, 32, seed=1, skip=0)
     epochs = [next(batches) for _ in range(64)]
     assert sorted(np.concatenate(epochs[:32])) == sorted(np.concatenate(epochs[32:])) == list(range(1000))
     assert not np.array_equal(epochs[0], epochs[32])
-    assert np.array_equal(next(tuning._batches(1000, 32, seed=1, skip=40)), epochs[40])
+    assert np.array_equal(next(loop._batches(1000, 32, seed=1, skip=40)), epochs[40])
 
 
 def test_label_tokens_are_three(tokenizer):
