@@ -40,6 +40,7 @@ def fit(
     KeyboardInterrupt. Where it holds a run of these very arguments, training is resumed from it.
     Raises UserError where the GPU's memory can't hold one row, or the loss is no finite number.
     """
+    processes.connect()
     lora = classifier.model.peft_config["default"]
     settings = (lora.base_model_name_or_path, lora.r, lora.lora_alpha, steps, batch_size, learning_rate, seed)
     optimization = Optimization(classifier.model, steps, learning_rate)

@@ -11,7 +11,7 @@ from contextlib import contextmanager, nullcontext, redirect_stdout
 
 @contextmanager
 def joined() -> Iterator[int]:
-    """Join the other processes, where torchrun started this one; yields the rank. Only process 0 prints. Call it first.
+    """Be one of the processes that torchrun started; yields the rank. Only process 0 prints. Call it first.
 
     Each process sees one GPU: where unsloth sees several, it waits for them in every layer.
     """
@@ -19,18 +19,24 @@ def joined() -> Iterator[int]:
     visible, local_rank = os.environ.get("CUDA_VISIBLE_DEVICES"), os.environ.get("LOCAL_RANK", "0")
     if visible != "":
         os.environ["CUDA_VISIBLE_DEVICES"] = local_rank if visible is None else visible.split(",")[int(local_rank)]
-    if world_size == 1:
+    with open(os.devnull, "w") as nowhere, nullcontext() if rank == 0 else redirect_stdout(nowhere):
         yield rank
-        return
+    if world_size > 1:
+        # Not after an error: this waits for the others, who wait for this process. torchrun ends them when it exits.
+        from torch import distributed
+
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+
+
+def connect() -> None:
+    """Find the other processes. Not before the base is loaded: once they are connected, transformers writes files in
+    process 0 alone, and unsloth makes processes wait for each other while each still does its own."""
     import torch
     from torch import distributed
 
-    distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    try:
-        with open(os.devnull, "w") as nowhere, nullcontext() if rank == 0 else redirect_stdout(nowhere):
-            yield rank
-    finally:
-        distributed.destroy_process_group()
+    if rank_and_size()[1] > 1 and not distributed.is_initialized():
+        distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
 
 
 def rank_and_size() -> tuple[int, int]:

@@ -114,6 +114,35 @@ def test_two_processes_train_what_one_does(arguments, whole, tmp_path):
     assert one["accuracy"]["value"] == pytest.approx(two["accuracy"]["value"], abs=0.04)  # a comment of 30
 
 
+EACH_PROCESS = """
+import sys, torch
+from pathlib import Path
+from torch import distributed
+from transformers import AutoModelForCausalLM
+from hatespeech.training import processes
+with processes.joined() as rank:
+    folder = Path(sys.argv[2], str(rank))
+    AutoModelForCausalLM.from_pretrained(sys.argv[1]).save_pretrained(folder)
+    assert any(folder.glob("*.safetensors")), "as a .gguf base is made ready, in each process"
+    processes.connect()
+    if rank == 1:
+        raise SystemExit("process 1 can't go on")
+    distributed.all_reduce(torch.zeros(1))
+"""
+
+
+def test_where_one_process_fails_all_end(base, tmp_path):
+    """The others wait for it, and would for ever. Each has written its files before."""
+    (tmp_path / "each.py").write_text(EACH_PROCESS)
+    launcher = [str(Path(sys.executable).parent / "torchrun"), "--nproc-per-node", "2"]
+    command = [*launcher, str(tmp_path / "each.py"), base, str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    assert "process 1 can't go on" in done.stderr
+    assert [any((tmp_path / rank).glob("*.safetensors")) for rank in "01"] == [True, True]
+
+
 def progress(path: Path, key: str = "a run") -> checkpoint.Checkpoint:
     weights = [torch.zeros(1000, requires_grad=True)]
     return checkpoint.Checkpoint(path, key, weights, [torch.optim.AdamW(weights)])
