@@ -3,7 +3,7 @@
     ./bootstrap.sh                                  # set up and serve; or, where all is set up:
     gunicorn --config python:hatespeech.serving.gunicorn_conf --bind 127.0.0.1:5000 'app:create_app()'
     curl localhost:5000/infer -d 'some text'
-    flask --app app --help                          # keys, feedback export, classify, replay, purge
+    hatespeech --help                               # keys, feedback export, classify, replay, purge, doctor
 
 A request to /infer goes: auth.py, admit() -> api.py, infer() -> service.py, Service.classify() -> here again.
 """
@@ -22,7 +22,7 @@ from werkzeug.exceptions import HTTPException, Unauthorized
 from hatespeech import runs
 from hatespeech.hosts import Hosts
 from hatespeech.ollama import Ollama
-from hatespeech.serving import api, auth, commands, moderations, pages, perspective, reporting, settings
+from hatespeech.serving import api, auth, moderations, pages, perspective, reporting, settings
 from hatespeech.serving.metrics import Metrics
 from hatespeech.serving.parts import Parts, parts
 from hatespeech.serving.service import Busy, Gate, Service, status_of
@@ -33,8 +33,10 @@ from hatespeech.serving.uploads import Uploads
 access_log = logging.getLogger("hatespeech.access")
 
 
-def create_app(config: dict | None = None) -> Flask:
+def create_app(config: dict | None = None, serves: bool = True) -> Flask:
     """The Flask app. Settings (settings.py) are those of config, before the environment's, before the defaults.
+
+    serves: False for a command, which may be run before there is any API key.
 
     Raises UserError that names the setting that is wrong.
     """
@@ -46,12 +48,11 @@ def create_app(config: dict | None = None) -> Flask:
     if not access_log.handlers:
         access_log.addHandler(logging.StreamHandler())
     app.before_request(begin)
-    auth.register(app, shared.store, chosen)
+    auth.register(app, shared.store, chosen, serves)
     app.after_request(end)
     app.register_error_handler(Exception, answer_error)
     for blueprint in (api.api, perspective.perspective, moderations.moderations, pages.pages):
         app.register_blueprint(blueprint)
-    commands.register(app)
     auth.require_scopes(app)
     return app
 

@@ -32,6 +32,7 @@ Settings, from the environment:
   MAX_CONTENT_LENGTH   bytes of a request's body, but for uploads; now ${MAX_CONTENT_LENGTH:-1048576}
   TRUSTED_PROXIES      how many proxies stand before the service; it then demands keys of all; now ${TRUSTED_PROXIES:-0}
   TRUSTED_HOSTS        names besides localhost that it answers to without a key; now ${TRUSTED_HOSTS:-none}
+  CORS_ORIGINS         origins whose pages may call the API from a browser; now ${CORS_ORIGINS:-none}
   REQUIRE_API_KEY      1 to demand keys on loopback too
   PERSPECTIVE_UNSUPPORTED  what becomes of attributes of Perspective API that have no score here: refuse or omit
   OLLAMA_MODELS        where Ollama keeps its models, if this script starts it; now ${OLLAMA_MODELS:-its own default}

@@ -16,11 +16,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
+from flask.cli import ScriptInfo
 from pyarrow import parquet
 from sqlalchemy import create_engine, text
 
 from app import create_app
-from hatespeech import runs
+from hatespeech import cli, runs
 from hatespeech.ollama import Ollama, private_server
 from hatespeech.runs import model_name
 from tests.stand_in import StandIn
@@ -59,6 +61,12 @@ def pytest_collection_modifyitems(config, items) -> None:
 def some_texts(n: int | None = None) -> list[str]:
     """The first n of the test comments' texts."""
     return parquet.read_table(TEST, columns=["text"])["text"].to_pylist()[:n]
+
+
+def command(client, *words: str, **more):
+    """The result of `hatespeech words ...`, run on a test client's app."""
+    app = client.application
+    return CliRunner().invoke(cli.main, words, obj=ScriptInfo(create_app=lambda: app), **more)
 
 
 def free_port() -> int:

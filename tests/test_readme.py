@@ -68,7 +68,7 @@ def served(run, server, ollama_host, tmp_path):
 def test_every_command_is_known():
     for command in COMMANDS:
         words = shlex.split(command)
-        run_below = words[0] in ("curl", "sqlite3", ".venv/bin/flask") or words[:3] == ["python", "-m", "train"]
+        run_below = words[0] in ("curl", "sqlite3", ".venv/bin/hatespeech") or words[:3] == ["python", "-m", "train"]
         assert command in RUN_ELSEWHERE or run_below, command
 
 
@@ -102,18 +102,22 @@ def test_curl_commands_answer_as_shown(served, tmp_path):
 
 
 @pytest.mark.slow
-def test_flask_commands_run(served, tmp_path, run, ollama_host):
+def test_the_commands_run(served, tmp_path, run, ollama_host):
     environment = os.environ | {"DATABASE_URL": f"sqlite:///{tmp_path}/.data/requests.sqlite3"}
     environment |= {"MODEL_DIR": str(run), "OLLAMA_HOST": ollama_host}
     (tmp_path / "comments.csv").write_text("text\nsuch a comment\n")
+    (tmp_path / "comments.txt").write_text("such a comment\n")
     ran = 0
     for command in COMMANDS:
-        if command.startswith(".venv/bin/flask"):
-            command = command.replace(".venv/bin/flask", f"{sys.executable} -m flask").replace("> ", f"> {tmp_path}/")
+        if command.startswith(".venv/bin/hatespeech"):
+            command = command.replace(".venv/bin/hatespeech", f"{sys.executable} -m hatespeech.cli").replace(
+                "> ", f"> {tmp_path}/"
+            )
+            command = command.replace(" comments.txt", f" {tmp_path}/comments.txt")
             command = re.sub(r"(\w+)\.csv (\w+)\.csv", rf"{tmp_path}/\1.csv {tmp_path}/\2.csv", command)
             subprocess.run(["bash", "-c", command], cwd=ROOT, env=environment, check=True, capture_output=True)
             ran += 1
-    assert ran == 6
+    assert ran == 8
     assert "such a comment," in (tmp_path / "classified.csv").read_text()
 
 
@@ -189,6 +193,17 @@ def test_every_other_figure_of_how_good_it_is_was_measured():
     assert settings["command"].replace("results/smollm2-135m", "results/again") in COMMANDS
 
 
+def thresholds_table() -> str:
+    lines = ["| at least | comments | precision | recall |", "| ---: | ---: | ---: | ---: |"]
+    for row in stored("calibration.json")["thresholds"][1::2]:
+        lines.append(f"| {row['threshold']:.1f} | {row['n']:,} | {row['precision']:.2f} | {row['recall']:.2f} |")
+    return "\n".join(lines)
+
+
+def test_perspectives_thresholds_are_those_of_the_calibration():
+    assert thresholds_table() in README
+
+
 def test_every_speed_was_measured():
     stored = json.loads((ROOT / "results" / "benchmarks" / "serving.json").read_text())
     rate = {(row["path"], row["clients"]): f"{row['requests_per_s']:.1f}" for row in stored["rows"]}
@@ -221,6 +236,11 @@ def test_every_training_speed_was_measured():
             if cell.strip() != "-":
                 figure = measured[recipe, workload]
                 assert cell.strip(" *") == (f"{figure:.1f}" if figure < 10 else f"{figure:,.0f}")
+
+
+def test_the_speed_of_two_gpus_was_measured():
+    stored = json.loads((ROOT / "results" / "benchmarks" / "several_gpus.json").read_text())
+    assert f"{stored['Mistral-7B shape']['speed_up']:.2f} times as fast as one" in WORDS
 
 
 def test_every_bulk_speed_was_measured():

@@ -383,7 +383,7 @@ def _unfinished(path: str) -> str:
     return f"{path.rpartition('/')[0]}/_{uuid.uuid4().hex}"
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     about, *rest = __doc__.split("\n\n", 1)
     parser = argparse.ArgumentParser(
         prog="python -m hatespeech.bulk",
@@ -406,11 +406,11 @@ def main() -> None:
     parser.add_argument(
         "--rows-per-part", type=int, help="about so many rows in each file, which a kill at most costs a worker"
     )
-    arguments = vars(parser.parse_args())
-    hosts = [host for host in (arguments.pop("ollama") or "").split(",") if host]
-    source, output = arguments.pop("input"), arguments.pop("output")
+    chosen = vars(parser.parse_args(arguments))
+    hosts = [host for host in (chosen.pop("ollama") or "").split(",") if host]
+    source, output = chosen.pop("input"), chosen.pop("output")
     try:
-        done = run(source, output, hosts=hosts, **arguments)
+        done = run(source, output, hosts=hosts, **chosen)
     except (UserError, OSError) as error:
         sys.exit(f"bulk: {error}")
     except KeyboardInterrupt:

@@ -28,8 +28,10 @@ TEXT_TYPES = ("", "text/plain", "application/x-www-form-urlencoded", "applicatio
 @api.post("/infer")
 def infer() -> Response:
     text, sent = text_sent()
-    truncate = request.args.get("truncate", "").lower() in ("1", "true", "yes")
-    answer = classified(text, truncate=truncate)
+    truncate = request.args.get("truncate", "false").lower()
+    if truncate not in ("true", "false", "1", "0"):
+        raise refused(text, "truncate is true or false")
+    answer = classified(text, truncate=truncate in ("true", "1"))
     headers = {"X-Answer-Id": answer.request_id}
     if answer.cut_to is not None:
         headers["X-Truncated-To"] = str(answer.cut_to)
@@ -91,7 +93,7 @@ def infer_batch() -> Response:
         if request.mimetype == "application/json"
         else body.removeprefix(b"\xef\xbb\xbf").split(b"\n")
     )
-    if not isinstance(items, list):
+    if not isinstance(items, list) or not body:
         raise refused(body, "the body is neither a JSON list nor NDJSON (Content-Type: application/x-ndjson)")
     if not parts().batches.acquire(blocking=False):
         raise Busy("too many batches are being answered")

@@ -5,12 +5,12 @@ Without a key only this machine is served, and only as long as nobody else can s
 loopback alone, the connection comes from loopback, and no proxy says that it brought somebody else's request.
 """
 
-import os
 import re
 from ipaddress import ip_address
 from urllib.parse import urlsplit
 
 from flask import Flask, g, request
+from flask_cors import CORS
 from werkzeug.exceptions import Forbidden, Unauthorized
 from werkzeug.middleware.proxy_fix import ProxyFix
 from werkzeug.sansio.utils import host_is_trusted
@@ -56,26 +56,39 @@ FORWARDING_HEADER = re.compile(
     r"|x-(original|rewrite|envoy|azure|amzn|arr|appengine|vercel|nf)-.*|(cf|fly|tailscale)-.*",
     re.IGNORECASE,
 )
+# The blueprints of the API, which pages of the origins in CORS_ORIGINS may call.
+OF_THE_API = ("api", "perspective", "moderations")
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 
 
-def register(app: Flask, store: Store, settings: Settings) -> None:
+def register(app: Flask, store: Store, settings: Settings, serves: bool = True) -> None:
     """Check every request of the app. Raises UserError where it is open to others while there is no key."""
     n_proxies = settings.trusted_proxies
     if n_proxies:
         app.wsgi_app = ProxyFix(app.wsgi_app, x_for=n_proxies, x_proto=n_proxies, x_host=n_proxies)
     keys_demanded = bool(n_proxies or settings.require_api_key or not is_loopback(settings.host))
-    # A command of flask's makes the first key; what it may serve, it refuses to all who have none.
-    if keys_demanded and not store.api_keys() and not os.environ.get("FLASK_RUN_FROM_CLI"):
+    if serves and keys_demanded and not store.api_keys():
         opening = {"TRUSTED_PROXIES": n_proxies, "REQUIRE_API_KEY": settings.require_api_key}
         cause = next((name for name, value in opening.items() if value), f"HOST={settings.host}")
         raise UserError(
             f"{cause} opens the service to others, and there is no API key yet. "
-            "Make one: flask --app app keys create NAME --scopes infer,read,review"
+            "Make one: hatespeech keys create NAME --scopes infer,read,review"
         )
+
+    CORS(
+        app,
+        resources=[r"/infer.*", r"/feedback", r"/v1.*"],
+        origins=settings.allowed_origins,
+        allow_headers=["Authorization", "Content-Type", "X-Request-Id"],
+        expose_headers=["X-Answer-Id", "X-Request-Id", "X-Truncated-To", "Retry-After"],
+        max_age=600,
+    )
 
     @app.before_request
     def admit() -> None:
+        welcome = request.blueprint in OF_THE_API and request.headers.get("Origin", "") in settings.allowed_origins
+        if welcome and request.method == "OPTIONS":
+            return  # a browser asks whether it may ask; it sends no key with that
         scopes = SCOPES_OF.get(request.endpoint, OPEN)
         strange = not keys_demanded and not is_one_of_our_names(settings.trusted_names)
         # Where no key can matter, on a route that is open to all, the database is not asked for one.
@@ -83,7 +96,7 @@ def register(app: Flask, store: Store, settings: Settings) -> None:
         entry = store.key_named(offered) if offered else None
         if strange and entry is None:
             raise Forbidden("this service has no such name: TRUSTED_HOSTS lists those it has besides localhost")
-        if not is_same_origin(changes=request.method not in SAFE_METHODS, opens=not scopes):
+        if not welcome and not is_same_origin(changes=request.method not in SAFE_METHODS, opens=not scopes):
             raise Forbidden("this request was sent by a page of another site")
         g.is_known = entry is not None or (not keys_demanded and is_local())
         if scopes:

@@ -1,4 +1,4 @@
-"""`flask --app app ...`: API keys, feedback for training, a file's rows classified, replay, purge."""
+"""Commands of cli.py about the service and its log: keys, feedback for training, texts classified, replay, purge."""
 
 import csv
 import json
@@ -7,9 +7,9 @@ import sys
 from collections import Counter
 from datetime import timedelta
 from pathlib import Path
+from typing import IO
 
 import click
-from flask import Flask
 from flask.cli import AppGroup, with_appcontext
 from tqdm import tqdm
 
@@ -64,7 +64,7 @@ def export_feedback(kind: str) -> None:
     """Write the newest feedback on each request to standard output, as rows that train takes.
 
     \b
-    flask --app app feedback export > feedback.csv
+    hatespeech feedback export > feedback.csv
     python -m train --dataset feedback.csv --output results/from-feedback
 
     A row has a score only where a person gave one; the label is what they said, or the score's class. The rows are
@@ -82,29 +82,57 @@ def export_feedback(kind: str) -> None:
 
 @click.command("classify")
 @with_appcontext
-@click.argument("source")
-@click.argument("target", type=click.Path(path_type=Path))
-@click.option("--text-column", default="text", show_default=True)
+@click.argument("source", default="-")
+@click.argument("target", required=False, type=click.Path(path_type=Path))
+@click.option("--jsonl", is_flag=True, help="Of lines: an answer with probabilities for each, instead of its label.")
+@click.option("--text-column", default="text", show_default=True, help="Of a table.")
 @click.option("--delimiter", help="Between a CSV's fields, where it is not what the header has most of.")
 @click.option("--encoding", help="Of a CSV that is not UTF-8, e.g. cp1252.")
 @click.option("--prefix", default="", help="Before the names of the columns that are added, e.g. model_.")
-def classify(source: str, target: Path, text_column: str, delimiter: str, encoding: str, prefix: str) -> None:
-    """Classify the rows of SOURCE and write them to TARGET with columns added.
+def classify(source: str, target: Path | None, jsonl: bool, prefix: str, **reading: str) -> None:
+    """Classify the lines of SOURCE to standard output, or the rows of SOURCE to TARGET.
 
-    SOURCE is a table (CSV, JSONL or Parquet, also compressed) or a folder of tables; TARGET is of the same kind.
-    Every text goes through the service and its log. Killed or stopped, the same command goes on where it was.
+    \b
+    echo 'some text' | hatespeech classify             lines: of standard input (-) or a .txt file
+    hatespeech classify comments.csv classified.csv    rows of a table (CSV, JSONL or Parquet, also compressed)
+    hatespeech classify comments/ classified/          or of a folder of tables; TARGET is of the same kind
+
+    Every text goes through the service and its log. Rows that a killed command has done are not asked again: the same
+    command resumes.
     """
-    added = [prefix + name for name in answers.COLUMNS]
     try:
-        table = tables.open_table(source, text_column=text_column, delimiter=delimiter, encoding=encoding, added=added)
-        click.echo(f"{source}: {table.described()}", err=True)
-        with tqdm(total=files.count(table), desc="classifying", unit="row") as bar:
-            done = files.classify(parts().service, table, target, prefix=prefix, advance=bar.update)
+        if target is not None:
+            return _classify_table(source, target, prefix, reading)
+        if ending := tables.ending_of(source):
+            raise click.UsageError(
+                f"say where the rows of {source} go: hatespeech classify {source} classified{ending}"
+            )
+        with click.open_file(source, "rb") as lines:
+            _classify_lines(lines, jsonl)
     except (OllamaError, UserError, OSError) as error:
         raise click.ClickException(str(error)) from error
+
+
+def _classify_table(source: str, target: Path, prefix: str, reading: dict) -> None:
+    added = [prefix + name for name in answers.COLUMNS]
+    table = tables.open_table(source, **reading, added=added)
+    click.echo(f"{source}: {table.described()}", err=True)
+    with tqdm(total=files.count(table), desc="classifying", unit="row", disable=None) as bar:
+        done = files.classify(parts().service, table, target, prefix=prefix, advance=bar.update)
     for reason in done["wrong"]:
         click.echo(reason, err=True)
     click.echo(f"{target}: {done['rows']} rows, {len(done['wrong'])} of them without a label")
+
+
+def _classify_lines(lines: IO[bytes], jsonl: bool) -> None:
+    """A line out for each line in, as soon as it is answered; an empty one where there is no label."""
+    if lines.isatty():
+        click.echo("a text on each line; Ctrl-D ends", err=True)
+    answered = files.classify_lines(parts().service, lines)
+    for number, columns in enumerate(tqdm(answered, desc="classifying", unit="line", disable=None), start=1):
+        if columns["error"]:
+            click.echo(f"line {number}: {columns['error']}", err=True)
+        click.echo(json.dumps({"line": number} | columns) if jsonl else columns["label"] or "")
 
 
 @click.command("replay")
@@ -143,8 +171,3 @@ def purge(older_than: str) -> None:
     age = timedelta(**{{"d": "days", "h": "hours"}[found[2]]: int(found[1])})
     queries.roll_up(parts().store)  # the counts by hour stay
     click.echo(f"{parts().store.purge(age)} requests deleted")
-
-
-def register(app: Flask) -> None:
-    for command in (keys, feedback, classify, replay, purge):
-        app.cli.add_command(command)

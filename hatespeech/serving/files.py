@@ -7,11 +7,14 @@ rows are in it, the output is put together from input and journal, whole or not 
 import fcntl
 import json
 import os
+import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
+from queue import Queue
 
 from hatespeech import UserError, answers, tables
 from hatespeech.serving.service import Service, status_of
@@ -65,6 +68,37 @@ def classify(service: Service, table: Table, target: Path, *, prefix: str = "", 
         wrong = _write(table, target, journal, prefix)
         journal_of(target).unlink()
     return {"rows": n_done, "wrong": wrong}
+
+
+def classify_lines(service: Service, lines: Iterable[bytes]) -> Iterator[dict]:
+    """The columns of each line's answer, in their order, each as soon as it is there, whether or not more lines come.
+
+    Raises UserError where Ollama or the log fail.
+    """
+    waiting: Queue[Future | None] = Queue(2 * service.gate.slots)
+
+    def read(pool: ThreadPoolExecutor) -> None:
+        with suppress(RuntimeError):  # the pool is closed: an earlier line failed
+            for line in lines:
+                waiting.put(pool.submit(_answer_line, service, line))
+        waiting.put(None)
+
+    with ThreadPoolExecutor(service.gate.slots) as pool:
+        threading.Thread(target=read, args=(pool,), daemon=True).start()
+        number = 0
+        while future := waiting.get():
+            number += 1
+            try:
+                yield future.result()
+            except Exception as error:
+                raise UserError(f"line {number}: {status_of(error)[1]}") from error
+
+
+def _answer_line(service: Service, line: bytes) -> dict:
+    try:
+        return _answer(service, line.rstrip(b"\r\n").decode(), "")
+    except UnicodeDecodeError:
+        return answers.error_columns("it is not UTF-8")
 
 
 def _lock(journal, target: Path) -> None:

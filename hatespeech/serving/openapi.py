@@ -13,7 +13,7 @@ from hatespeech import __version__, tables
 SCHEMA_WORDS = {
     "type": "must be of the type {}",
     "enum": "must be one of {}",
-    "minLength": "must not be empty",
+    "pattern": "must hold something visible, and no NUL",
     "maxLength": "must have at most {} characters",
     "minimum": "must be at least {}",
     "maximum": "must be at most {}",

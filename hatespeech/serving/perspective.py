@@ -6,7 +6,6 @@ it as a proxy and set thresholds anew. Every other attribute is refused, as Pers
 out where PERSPECTIVE_UNSUPPORTED=omit.
 """
 
-import math
 from dataclasses import dataclass
 
 from flask import Blueprint, Response, g, request
@@ -109,7 +108,7 @@ def parsed(body: object, omit_unsupported: bool = False) -> Analyze:
     for name in [name for name in requested if name in ATTRIBUTES]:
         config = requested[name]
         threshold = config.get("scoreThreshold", 0) if isinstance(config, dict) else None
-        if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 <= threshold <= 1:
+        if not _is_probability(threshold):
             raise Refused(f"requestedAttributes.{name}.scoreThreshold must be a number from 0 to 1")
         thresholds[name] = threshold
     do_not_store = body.get("doNotStore", False)
@@ -127,14 +126,18 @@ def parsed_suggestion(body: object) -> tuple[str, dict[str, float], str | None]:
     found = {}
     for name in sorted(scores.keys() & ATTRIBUTES.keys()):
         try:
-            found[name] = float(scores[name]["summaryScore"]["value"])
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise Refused(f"attributeScores.{name}.summaryScore.value must be a number from 0 to 1") from error
-        if not (math.isfinite(found[name]) and 0 <= found[name] <= 1):
+            found[name] = scores[name]["summaryScore"]["value"]
+        except (KeyError, TypeError):
+            found[name] = None
+        if not _is_probability(found[name]):
             raise Refused(f"attributeScores.{name}.summaryScore.value must be a number from 0 to 1")
     if not found:
         raise Refused(f"no attribute is supported. Supported: {', '.join(ATTRIBUTES)}")
     return text, found, _client_token(body)
+
+
+def _is_probability(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
 
 
 def _text(body: object) -> str:
@@ -154,11 +157,11 @@ def _text(body: object) -> str:
 
 def _language(body: dict) -> str:
     """The language asked for; a region (en-US) makes no difference."""
-    languages = body.get("languages") or ["en"]
+    languages = body.get("languages", [])
     known = isinstance(languages, list) and all(isinstance(each, str) for each in languages)
     if not known or any(each.replace("_", "-").lower().split("-")[0] != "en" for each in languages):
         raise Refused("the only language supported is en")
-    return languages[0]
+    return (languages or ["en"])[0]
 
 
 def _client_token(body: dict) -> str | None:

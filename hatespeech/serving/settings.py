@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -20,6 +21,19 @@ def _hosts(value: str) -> str:
             raise ValueError("an empty address between commas")
         ollama.base_url(host.strip())
     return value
+
+
+def _origins(value: str) -> str:
+    """Origins of web pages, separated by commas: scheme, name and port, as a browser sends them."""
+    for origin in _listed(value):
+        parts = urlsplit(origin)
+        if parts.scheme not in ("http", "https") or not parts.netloc or origin != f"{parts.scheme}://{parts.netloc}":
+            raise ValueError("an origin is as in https://www.example.org, with no path behind it")
+    return value
+
+
+def _listed(value: str) -> list[str]:
+    return [each.strip().lower() for each in value.split(",") if each.strip()]
 
 
 Seconds = Annotated[float, Field(gt=0, le=3600, allow_inf_nan=False)]
@@ -48,6 +62,9 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", min_length=1, description="where it listens; off loopback it demands API keys")
     require_api_key: bool = Field(False, description="1 to demand API keys on loopback too")
     trusted_hosts: str = Field("", description="names besides localhost that it answers to without a key, with commas")
+    cors_origins: Annotated[str, AfterValidator(_origins)] = Field(
+        "", description="origins whose pages may call the API from a browser, with commas: https://www.example.org"
+    )
     trusted_proxies: int = Field(
         0, ge=0, le=16, description="how many proxies stand before it, whose headers then count"
     )
@@ -91,7 +108,11 @@ class Settings(BaseSettings):
 
     @property
     def trusted_names(self) -> list[str]:
-        return [name.strip().lower() for name in self.trusted_hosts.split(",") if name.strip()]
+        return _listed(self.trusted_hosts)
+
+    @property
+    def allowed_origins(self) -> list[str]:
+        return _listed(self.cors_origins)
 
 
 def read(given: dict | None = None) -> Settings:

@@ -230,10 +230,15 @@ def text_key(text: str) -> str:
 
 
 def _likeness(text: str) -> str:
-    """Equal for texts that differ only in case, spacing, punctuation, links and mentions."""
+    """Equal for texts that differ only in case, spacing, punctuation, links and mentions. An emoji may turn a text into
+    its opposite, so it counts as a word does."""
     words = unicodedata.normalize("NFKC", text).casefold().split()
-    words = ["".join(filter(str.isalnum, word)) for word in words if not word.startswith(("http", "@"))]
+    words = ["".join(filter(_means_something, word)) for word in words if not word.startswith(("http", "@"))]
     return " ".join(filter(None, words)) or text
+
+
+def _means_something(c: str) -> bool:
+    return c.isalnum() or unicodedata.category(c) == "So"
 
 
 def split(frame: pd.DataFrame, shares: dict[str, float], seed: int) -> tuple[dict[str, pd.DataFrame], int]:

@@ -152,7 +152,7 @@ def test_json_in_or_accepted_gives_json_out(client, server, run):
 @pytest.mark.parametrize(
     ("body", "reason"),
     [
-        (b'{"text": ""}', "text must not be empty"),
+        (b'{"text": ""}', "text must hold something visible, and no NUL"),
         (b'{"text": 5}', "text must be of the type string"),
         (b'{"text": "a", "lang": "en"}', "takes text"),
         (b'{"text": "\\ud800"}', "lone surrogate"),

@@ -173,6 +173,35 @@ def test_a_link_on_another_site_may_be_followed(site):
     assert site.status("POST", "/review", headers=link) == 403
 
 
+def test_pages_of_an_allowed_origin_may_call_the_api_and_nothing_else(tmp_path):
+    site = Site(tmp_path, REQUIRE_API_KEY="1", CORS_ORIGINS="https://www.example.org, http://localhost:3000")
+    for origin in ("https://www.example.org", "http://localhost:3000"):
+        headers = {"Origin": origin, "Sec-Fetch-Site": "cross-site"}
+        asked = headers | {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+        for method, rule in DOCUMENTED:
+            of_the_api = method == "POST" and rule.startswith(("/infer", "/feedback", "/v1"))
+            before = site.client.open(rule, method="OPTIONS", headers=asked)
+            allowed = before.headers.get("Access-Control-Allow-Origin")
+            assert (before.status_code == 200, allowed) == ((True, origin) if of_the_api else (False, None)) or (
+                not of_the_api and allowed is None
+            )
+            status = site.status(method, rule, "infer", headers)
+            assert (status not in (401, 403)) == of_the_api or not DOCUMENTED[method, rule], (method, rule, status)
+            assert site.status(method, rule, None, headers) in ((401,) if of_the_api else (200, 403, 503, 404))
+
+
+@pytest.mark.parametrize(
+    "origin", ["https://evil.example", "https://www.example.org.evil.example", "http://www.example.org", "null", ""]
+)
+def test_pages_of_other_origins_may_not(tmp_path, origin):
+    site = Site(tmp_path, REQUIRE_API_KEY="1", CORS_ORIGINS="https://www.example.org")
+    headers = {"Origin": origin, "Access-Control-Request-Method": "POST"}
+    before = site.client.options("/v1alpha1/comments:analyze", headers=headers)
+    assert "Access-Control-Allow-Origin" not in before.headers
+    sent = site.client.post("/infer", data="some words", headers={"Origin": origin, "Sec-Fetch-Site": "cross-site"})
+    assert (sent.status_code, sent.headers.get("Access-Control-Allow-Origin")) == (403, None)
+
+
 @pytest.mark.parametrize("origin", ["http://[", "null", "file://", "http://"])
 def test_an_origin_that_is_none_is_another_site(site, origin):
     for host in ("localhost", "my_host:5000"):

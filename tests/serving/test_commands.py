@@ -7,15 +7,15 @@ import pytest
 from hatespeech import task
 from hatespeech.serving.store import Store
 from hatespeech.training import data
+from tests.conftest import command
 
 
 @pytest.fixture
 def shell(client):
-    """shell(words ...): run `flask --app app words ...` on the client's app; the exit code must be 0."""
-    runner = client.application.test_cli_runner()
+    """shell(words ...): run `hatespeech words ...` on the client's app; the exit code must be 0."""
 
     def run(*words: str, fails: bool = False) -> str:
-        done = runner.invoke(args=words)
+        done = command(client, *words)
         assert bool(done.exit_code) == fails, done.output
         return done.output if fails else done.stdout
 

@@ -1,4 +1,4 @@
-"""`flask --app app classify`: a file in, the same with columns added out, through the real service."""
+"""`hatespeech classify`: a file in, the same with columns added out, through the real service."""
 
 import csv
 import gzip
@@ -17,7 +17,7 @@ from pyarrow import parquet
 
 from hatespeech import answers, tables
 from hatespeech.serving.store import Store
-from tests.conftest import ROOT, some_texts
+from tests.conftest import ROOT, command, some_texts
 
 # Line 2 is fine; then a line break in a field, no text, bytes that are no UTF-8, a field too many, a text too long.
 ROWS = (
@@ -33,7 +33,7 @@ def classify(client):
     """classify(source, target, *options): the command's result, on the client's app."""
 
     def run(source: Path, target: Path, *options: str):
-        return client.application.test_cli_runner().invoke(args=["classify", str(source), str(target), *options])
+        return command(client, "classify", str(source), str(target), *options)
 
     return run
 
@@ -100,7 +100,7 @@ def test_a_failing_ollama_stops_it_and_it_goes_on_later(server, stand_in, make_c
     source.write_text("text\n" + "a text\n" * 3)
     stand_in.status = 500
     arguments = ["classify", str(source), str(target)]
-    failed = make_client(stand_in.host).application.test_cli_runner().invoke(args=arguments)
+    failed = command(make_client(stand_in.host), *arguments)
     assert failed.exit_code == 1
     assert "rows are kept: the same command goes on" in failed.output
     assert not target.exists()
@@ -128,7 +128,7 @@ def test_kill_9_in_mid_run_loses_no_row_and_doubles_none(server, run, ollama_hos
         csv.writer(file).writerows([("n", "text"), *enumerate(texts)])
     environment = os.environ | {"MODEL_DIR": str(run), "OLLAMA_HOST": ollama_host}
     environment["DATABASE_URL"] = f"sqlite:///{tmp_path}/requests.sqlite3"
-    command = [sys.executable, "-m", "flask", "--app", "app", "classify", str(source), str(target)]
+    command = [sys.executable, "-m", "hatespeech.cli", "classify", str(source), str(target)]
     journal, kills, kept = Path(f"{target}.progress"), 0, 0
     while not target.exists():
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
@@ -188,17 +188,17 @@ def test_every_kind_of_table_goes_through_the_service(classify, tmp_path, name):
 def test_a_killed_run_goes_on_only_with_the_same_content(stand_in, make_client, tmp_path):
     source, target = tmp_path / "in.csv", tmp_path / "out.csv"
     source.write_text("text\nthank you\nsome text\n")
-    runner = make_client(stand_in.host).application.test_cli_runner()
+    asked = make_client(stand_in.host)
     stand_in.status = 500
-    assert runner.invoke(args=["classify", str(source), str(target)]).exit_code == 1
+    assert command(asked, "classify", str(source), str(target)).exit_code == 1
     was = source.stat()
     source.write_text("text\nthank you\nsame text\n")
     os.utime(source, ns=(was.st_atime_ns, was.st_mtime_ns))
     stand_in.status = 200
-    refused = runner.invoke(args=["classify", str(source), str(target)])
+    refused = command(asked, "classify", str(source), str(target))
     assert "was begun with another input" in refused.output
     assert refused.exit_code == 1
-    assert "call it out.csv" in runner.invoke(args=["classify", str(source), str(tmp_path / "out.jsonl")]).output
+    assert "call it out.csv" in command(asked, "classify", str(source), str(tmp_path / "out.jsonl")).output
 
 
 def test_of_two_starts_at_once_one_runs(client, stand_in, make_client, tmp_path):
@@ -228,14 +228,14 @@ def test_a_file_that_is_no_journal_of_ours_is_left_alone(classify, tmp_path, jou
 @pytest.mark.parametrize("damage", [b"7\n", b'{"a": 1}\n', b"{torn"])
 def test_damaged_entries_of_a_journal_are_done_again(stand_in, make_client, tmp_path, damage):
     (tmp_path / "in.csv").write_text("text\na\n")
-    runner = make_client(stand_in.host).application.test_cli_runner()
+    asked = make_client(stand_in.host)
     arguments = ["classify", str(tmp_path / "in.csv"), str(tmp_path / "out.csv")]
     stand_in.status = 500
-    assert runner.invoke(args=arguments).exit_code == 1
+    assert command(asked, *arguments).exit_code == 1
     with open(tmp_path / "out.csv.progress", "ab") as journal:
         journal.write(damage)
     stand_in.status = 200
-    done = runner.invoke(args=arguments)
+    done = command(asked, *arguments)
     assert done.exit_code == 0, done.output
     assert len(read(tmp_path / "out.csv")) == 1
 

@@ -1,7 +1,9 @@
 """Google's own client against the real service, with only the address changed."""
 
 import json
+import shutil
 import sqlite3
+import subprocess
 import threading
 
 import pytest
@@ -21,6 +23,37 @@ def analyzer(client):
         "commentanalyzer", "v1alpha1", developerKey="a-key-of-googles", discoveryServiceUrl=url, static_discovery=False
     )
     listener.shutdown()
+
+
+NODE = """
+const Perspective = require("perspective-api-client");
+require("axios").interceptors.request.use((request) => {
+  request.url = request.url.replace("https://commentanalyzer.googleapis.com", process.argv[1]);
+  return request;
+});
+const client = new Perspective({ apiKey: "a-key-of-googles" });
+client.analyze("a lovely day", { attributes: ["toxicity", "identity_attack"] })
+  .then((answer) => console.log(JSON.stringify(answer)))
+  .then(() => client.analyze("a lovely day", { attributes: ["threat"] }))
+  .catch((error) => console.log(error.name, error.message));
+"""
+
+
+def test_the_client_for_node(client, tmp_path):
+    """npm's perspective-api-client, as docs/perspective.md has it."""
+    if not shutil.which("npm"):
+        pytest.skip("no npm here")
+    install = ["npm", "install", "--no-audit", "--no-fund", "perspective-api-client@3.1.0"]
+    if subprocess.run(install, cwd=tmp_path, capture_output=True, timeout=120).returncode:
+        pytest.skip("npm can't install perspective-api-client here")
+    listener = make_server("127.0.0.1", 0, client.application, threaded=True)
+    threading.Thread(target=listener.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{listener.port}"
+    done = subprocess.run(["node", "-e", NODE, address], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    listener.shutdown()
+    answer, refusal = done.stdout.splitlines()
+    assert json.loads(answer)["attributeScores"].keys() == {"TOXICITY", "IDENTITY_ATTACK"}
+    assert refusal.startswith("ResponseError Attribute THREAT is not supported")
 
 
 def ask(text: str = "a lovely day", attributes=("TOXICITY", "IDENTITY_ATTACK"), **more) -> dict:

@@ -112,14 +112,14 @@ def test_bootstraps_help_names_each_setting():
 
 
 COMMANDS = {
-    ("-m", "flask", "--app", "app", "keys", "list"): {"OLLAMA_TIMEOUT_S": "soon"},
-    ("-m", "flask", "--app", "app", "purge", "--older-than", "30d"): {"DATABASE_URL": "mysql://root:secret@host/x"},
-    ("-m", "flask", "--app", "app", "purge", "--older-than", "99999999999d"): {},
-    ("-m", "flask", "--app", "app", "keys", "create", "a", "--scopes", "all"): {},
-    ("-m", "flask", "--app", "app", "keys", "delete", "nobody"): {},
-    ("-m", "flask", "--app", "app", "classify", "none.csv", "out.csv"): {},
-    ("-m", "flask", "--app", "app", "classify", "README.md", "out.csv"): {},
-    ("-m", "flask", "--app", "app", "replay", "--model-dir", "tests"): {},
+    ("-m", "hatespeech.cli", "keys", "list"): {"OLLAMA_TIMEOUT_S": "soon"},
+    ("-m", "hatespeech.cli", "purge", "--older-than", "30d"): {"DATABASE_URL": "mysql://root:secret@host/x"},
+    ("-m", "hatespeech.cli", "purge", "--older-than", "99999999999d"): {},
+    ("-m", "hatespeech.cli", "keys", "create", "a", "--scopes", "all"): {},
+    ("-m", "hatespeech.cli", "keys", "delete", "nobody"): {},
+    ("-m", "hatespeech.cli", "classify", "none.csv", "out.csv"): {},
+    ("-m", "hatespeech.cli", "classify", "README.md", "out.csv"): {},
+    ("-m", "hatespeech.cli", "replay", "--model-dir", "tests"): {},
     ("-m", "gunicorn", "-c", "python:hatespeech.serving.gunicorn_conf", "app:create_app()"): {"MAX_QUEUE": "x"},
     ("-m", "gunicorn", "-c", "python:hatespeech.serving.gunicorn_conf", "-w", "4", "app:create_app()"): {},
     ("-m", "hatespeech.bulk", "none.csv", "out"): {},
