@@ -56,8 +56,8 @@ FORWARDING_HEADER = re.compile(
     r"|x-(original|rewrite|envoy|azure|amzn|arr|appengine|vercel|nf)-.*|(cf|fly|tailscale)-.*",
     re.IGNORECASE,
 )
-# The blueprints of the API, which pages of the origins in CORS_ORIGINS may call.
-OF_THE_API = ("api", "perspective", "moderations")
+# What pages of the origins in CORS_ORIGINS may call: the API, to classify and to correct.
+FOR_OTHER_PAGES = {name for name, scopes in SCOPES_OF.items() if "infer" in scopes and not name.startswith("pages.")}
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 
 
@@ -82,11 +82,12 @@ def register(app: Flask, store: Store, settings: Settings, serves: bool = True) 
         allow_headers=["Authorization", "Content-Type", "X-Request-Id"],
         expose_headers=["X-Answer-Id", "X-Request-Id", "X-Truncated-To", "Retry-After"],
         max_age=600,
+        always_send=False,
     )
 
     @app.before_request
     def admit() -> None:
-        welcome = request.blueprint in OF_THE_API and request.headers.get("Origin", "") in settings.allowed_origins
+        welcome = request.endpoint in FOR_OTHER_PAGES and request.headers.get("Origin", "") in settings.allowed_origins
         if welcome and request.method == "OPTIONS":
             return  # a browser asks whether it may ask; it sends no key with that
         scopes = SCOPES_OF.get(request.endpoint, OPEN)

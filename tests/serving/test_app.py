@@ -57,7 +57,7 @@ def run_with(run: Path, folder: Path, p_hate: float, **changes) -> Path:
     changes: to its calibration.json, which otherwise has THRESHOLDS and proposes to flag from 0.5 on.
     """
     other = folder / run.name
-    other.mkdir()
+    other.mkdir(exist_ok=True)
     (other / "settings.json").write_text((run / "settings.json").read_text())
     stored = json.loads((run / "calibration.json").read_text())
     # So high a temperature leaves nothing of the model's answer but the biases.

@@ -12,7 +12,6 @@ import pytest
 from hatespeech import task
 from hatespeech.serving import pages
 from hatespeech.serving.store import Store
-from tests.conftest import some_texts
 from tests.serving.test_app import run_with
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)> {{ 7 * 7 }} &amp; </textarea>"
@@ -58,12 +57,6 @@ def test_a_text_is_classified_and_shown_with_how_sure_it_is(client):
     assert len(list(Store(f"sqlite:///{client.database}").answered())) == 3
 
 
-def test_an_unsure_answer_needs_a_person(client):
-    texts = some_texts(40)
-    text = next(text for text in texts if client.post("/infer", json={"text": text}).get_json()["abstain"])
-    assert "Needs a person:" in client.post("/", data={"text": text}).text
-
-
 @pytest.fixture
 def try_with(make_client, ollama_host, server, run, tmp_path):
     """try_with(p_hate, setting, **changes): the page with a text's answer, under test_app.run_with's calibration."""
@@ -74,6 +67,11 @@ def try_with(make_client, ollama_host, server, run, tmp_path):
         return client.post("/", data={"text": "some text"}).text
 
     return page_of
+
+
+def test_an_unsure_answer_needs_a_person(try_with):
+    assert "Needs a person:" in try_with(0.4, abstain_below=0.99)
+    assert "Needs a person:" not in try_with(0.4, abstain_below=0.01)
 
 
 def words(html: str) -> str:
