@@ -102,7 +102,7 @@ def test_flaws_quote_nothing():
             assert "secret" not in openapi.schema_error(schema, value)
 
 
-def test_schemathesis(quick_client):
+def test_schemathesis(quick_client, tmp_path):
     """All its checks on all of the API: what the description allows is accepted, what it forbids refused, and no answer
     is another than described. schemathesis.toml has the two rules that a schema can't express."""
     listener = make_server("127.0.0.1", 0, quick_client.application, threaded=True)
@@ -111,7 +111,7 @@ def test_schemathesis(quick_client):
     address = f"http://127.0.0.1:{listener.port}/openapi.json"
     options = ["--checks", "all", "--max-examples", "40", "--seed", "1", "--no-color"]
     command = [str(tool), "--config-file", str(config), "run", address, *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
     listener.shutdown()
     print(done.stdout[done.stdout.find("Test Phases") :])
     assert done.returncode == 0, done.stdout
