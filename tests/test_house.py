@@ -1,5 +1,6 @@
 """The house stands as pyproject.toml says: three wings over one ground floor."""
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -17,3 +18,15 @@ def test_the_code_is_as_ruff_wants_it():
     for command in (["check"], ["format", "--check"]):
         done = subprocess.run([sys.executable, "-m", "ruff", *command], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout
+
+
+def test_no_function_is_longer_than_a_screen():
+    functions = (ast.FunctionDef, ast.AsyncFunctionDef)
+    paths = [ROOT / "train.py", ROOT / "app.py", *(ROOT / "hatespeech").rglob("*.py")]
+    lengths = {
+        f"{path.relative_to(ROOT)}: {node.name}": node.end_lineno - node.lineno + 1
+        for path in paths
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, functions)
+    }
+    assert {name: length for name, length in lengths.items() if length > 60} == {}

@@ -201,12 +201,8 @@ def run(
     state = _resumed(out, folder, provenance)
     rows = _read(ray, table)
     if state is None:
-        print("counting rows ...", file=sys.stderr, flush=True)
-        counts = _count(ray, rows)
         n_rows = rows_per_part or ROWS_PER_PART["gpu" if n_gpus else "cpu"]
-        n_parts = min(N_BUCKETS, max(1, -(-int(counts.sum()) // n_rows)))
-        by_part = np.bincount(np.arange(N_BUCKETS) * n_parts // N_BUCKETS, counts, minlength=n_parts)
-        state = provenance | {"finished": False, "rows": by_part.astype(int).tolist()}
+        state = provenance | {"finished": False, "rows": _rows_of_parts(ray, rows, n_rows)}
         _store(out, folder, state)
     expected = state["rows"]
     job = Job(
@@ -222,12 +218,25 @@ def run(
     )
     missing = np.array([n_rows > 0 and not out.exists(job.path(part)) for part, n_rows in enumerate(expected)])
     scored = _score(ray, rows, job, missing, expected, workers) if missing.any() else {}
+    _finish(out, folder, state)
+    return state | ({"scored": scored} if scored else {})
+
+
+def _rows_of_parts(ray, rows, n_rows: int) -> list[int]:
+    """How many rows each part is to have: about n_rows, all of one text in one part."""
+    print("counting rows ...", file=sys.stderr, flush=True)
+    counts = _count(ray, rows)
+    n_parts = min(N_BUCKETS, max(1, -(-int(counts.sum()) // n_rows)))
+    by_part = np.bincount(np.arange(N_BUCKETS) * n_parts // N_BUCKETS, counts, minlength=n_parts)
+    return by_part.astype(int).tolist()
+
+
+def _finish(out, folder: str, state: dict) -> None:
     for path in out.glob(f"{folder}/_*"):  # what killed workers left
         if not path.endswith(PROVENANCE):
             out.rm(path)
     state["finished"] = True
     _store(out, folder, state)
-    return state | ({"scored": scored} if scored else {})
 
 
 def _score(ray, rows, job: Job, missing: np.ndarray, expected: list[int], workers: int) -> dict:

@@ -13,6 +13,7 @@ import gguf
 import numpy as np
 import pandas as pd
 import pytest
+from huggingface_hub import ModelCard
 
 import train
 from hatespeech import UserError, runs, task, tokens
@@ -512,6 +513,9 @@ def test_a_set_of_flags_alone_is_trained_calibrated_and_measured(quick, flags, f
     assert metrics["gates"]["torch"][0]["reached"] is None
     assert "FAILED  test.accuracy: not measured" in card
     assert "nan" not in card.lower().replace("finance", "")
+    about = ModelCard(card).data
+    assert {result.metric_name for result in about.eval_results} == {"roc_auc_hate"}
+    assert "Measuring Hate Speech" not in card  # these rows are their user's own
 
 
 def test_the_references_recipe_says_that_it_leaks(quick, folder, capsys):
