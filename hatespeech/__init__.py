@@ -4,7 +4,7 @@ Three wings over one ground floor, and no arrow between wings (pyproject.toml ha
 
     training/   rows of labelled comments -> a run's folder, results/<run>/          python -m train
     serving/    a run's folder and an Ollama -> an HTTP service, its pages and log   ./bootstrap.sh
-    bulk/       a run's folder and files of texts -> the files with answers          python -m hatespeech.bulk
+    bulk/       a run's folder and files of texts -> the files with answers          hatespeech bulk
 
 classifier.py is for Python: `from hatespeech import Classifier`.
 

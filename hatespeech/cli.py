@@ -1,10 +1,8 @@
-"""The one command for all there is: `hatespeech --help`.
-
-It stands above the wings, as train.py and app.py do, and imports a wing's code where a command asks for it.
-"""
+"""The one command for all there is: `hatespeech --help`. It stands above the wings, as train.py and app.py do."""
 
 import os
 import sys
+from pathlib import Path
 
 import click
 from flask.cli import ScriptInfo
@@ -13,14 +11,17 @@ from hatespeech import __version__
 from hatespeech.serving import commands
 
 
-def _app():
-    """The service's app for a command, which may be run before there is any API key."""
+def served(serves: bool = True):
+    """app.py's app, whatever else is called app.py in the folder that the command was given in."""
+    sys.path.insert(0, str(Path(__file__).parents[1]))
     from app import create_app
 
-    return create_app(serves=False)
+    return create_app(serves=serves)
 
 
-@click.group(context_settings={"obj": ScriptInfo(create_app=_app), "help_option_names": ["-h", "--help"]})
+@click.group(
+    context_settings={"obj": ScriptInfo(create_app=lambda: served(serves=False)), "help_option_names": ["-h", "--help"]}
+)
 @click.version_option(__version__, prog_name="hatespeech")
 def main() -> None:
     """Tell Hate, Neutral and Supportive texts apart, with a model of your own.
@@ -46,8 +47,10 @@ for command in (commands.classify, commands.feedback, commands.replay, commands.
 def serve(host: str, port: int) -> None:
     """Serve, where ./bootstrap.sh has set all up and an Ollama answers."""
     os.environ["HOST"] = host
-    config = ["--config", "python:hatespeech.serving.gunicorn_conf", "--bind", f"{host}:{port}"]
-    os.execv(sys.executable, [sys.executable, "-m", "gunicorn", *config, "app:create_app()"])
+    served()  # what is wrong with a setting is said in one line, before gunicorn starts
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    config = ["--config", "python:hatespeech.serving.gunicorn_conf", "--bind", address]
+    os.execv(sys.executable, [sys.executable, "-m", "gunicorn", *config, "hatespeech.cli:served()"])
 
 
 @main.command(context_settings={"ignore_unknown_options": True, "help_option_names": []}, add_help_option=False)

@@ -1,6 +1,5 @@
 """What `hatespeech doctor` finds: installation, settings, the run, the engine, the log and the service."""
 
-import json
 import os
 import platform
 import sys
@@ -11,11 +10,12 @@ from pathlib import Path
 
 import requests
 from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError
 
 from hatespeech import UserError, __version__, runs
 from hatespeech.calibration import Calibration
 from hatespeech.ollama import Ollama, OllamaError
-from hatespeech.serving import settings
+from hatespeech.serving import auth, settings
 from hatespeech.serving.settings import Settings
 from hatespeech.serving.store import Store
 from hatespeech.training import checks
@@ -57,7 +57,9 @@ def _of_the_run(chosen: Settings) -> Iterator[Finding]:
         return
     yield Finding(True, f"model: {runs.model_name(folder)}, from {run['settings']['model']}")
     if not (folder / "model.gguf").exists():
-        yield Finding(False, f"{folder} has no model.gguf", "./bootstrap.sh makes it")
+        yield Finding(
+            True, f"{folder} has no model.gguf: Ollama must have the model already", "./bootstrap.sh makes it"
+        )
     yield from _gates(folder)
     timeouts = (chosen.ollama_timeout_s, chosen.ollama_load_timeout_s)
     for host in chosen.hosts:
@@ -67,11 +69,10 @@ def _of_the_run(chosen: Settings) -> Iterator[Finding]:
 def _gates(folder: Path) -> Iterator[Finding]:
     """A gate that was not passed is a fact about the model, which is served all the same."""
     try:
-        gates = json.loads((folder / "metrics.json").read_text())["gates"]
-    except (OSError, ValueError, KeyError):
-        yield Finding(False, "gates: this run was not measured", f"python -m train --evaluate-only --output {folder}")
+        _, results = checks.of_run(folder)
+    except UserError as error:
+        yield Finding(False, f"gates: {error.message}", f"python -m train --evaluate-only --output {folder}")
         return
-    results = gates.get("as_served") or gates["torch"]
     yield Finding(True, f"gates: {sum(result['passed'] for result in results)} of {len(results)} passed")
     for result in results:
         if not result["passed"]:
@@ -84,6 +85,8 @@ def _engine(ollama: Ollama, folder: Path) -> Finding:
         _, why_not = Calibration.for_weights(Calibration.of_run(folder), ollama.weights_sha256())
     except OllamaError as error:
         return Finding(False, f"engine: {error}", "./bootstrap.sh starts Ollama and gives it the model")
+    except (UserError, ValueError) as error:
+        return Finding(False, f"{folder}/calibration.json: {error}", "git checkout it, or train anew")
     if why_not:
         remedy = f"python -m train --evaluate-only --output {folder}, while it is served"
         return Finding(False, f"engine: Ollama {version} at {ollama.url}, uncalibrated: {why_not}", remedy)
@@ -91,27 +94,40 @@ def _engine(ollama: Ollama, folder: Path) -> Finding:
 
 
 def _of_the_log(chosen: Settings) -> Iterator[Finding]:
-    url = make_url(chosen.database_url)
+    remedy = "is the database there, and DATABASE_URL right?"
+    try:
+        url = make_url(chosen.database_url)
+        shown = url.set(query={}).render_as_string()  # the query may hold a password
+    except ArgumentError:
+        yield Finding(False, "log: DATABASE_URL is no address of a database", remedy)
+        return
+    keys = []
     if url.get_backend_name() == "sqlite" and not Path(url.database or "").exists():
         yield Finding(True, f"log: {url.database} will be made at the first start")
-        return
-    try:
-        store = Store(chosen.database_url, chosen.log_text, chosen.log_hash_key)
-        store.check()
-        keys = store.api_keys()
-    except Exception as error:  # noqa: BLE001  whatever a database's driver raises; its words may hold a password
-        what = error.message if isinstance(error, UserError) else type(error).__name__
-        yield Finding(False, f"log: {url.render_as_string()}: {what}", "is the database there, and DATABASE_URL right?")
-        return
-    yield Finding(True, f"log: {url.render_as_string()}; {len(keys)} API key{'s' * (len(keys) != 1)}")
+    else:
+        try:
+            store = Store(chosen.database_url, chosen.log_text, chosen.log_hash_key)
+            store.check()
+            keys = store.api_keys()
+        except Exception as error:  # noqa: BLE001  whatever a driver raises; its words may hold a password
+            what = error.message if isinstance(error, UserError) else type(error).__name__
+            yield Finding(False, f"log: {shown}: {what}", remedy)
+            return
+        yield Finding(True, f"log: {shown}; {len(keys)} API key{'s' * (len(keys) != 1)}")
+    if auth.demands_keys(chosen) and not keys:
+        yield Finding(False, "keys: others can reach the service, and there is none", "hatespeech keys create NAME")
 
 
 def _of_the_service(chosen: Settings) -> Finding:
     address = f"http://{chosen.host if chosen.host != '0.0.0.0' else '127.0.0.1'}:{os.environ.get('PORT', '5000')}"
-    try:
-        answered = requests.get(f"{address}/healthcheck", timeout=chosen.ollama_timeout_s)
-    except requests.RequestException:
-        return Finding(True, f"service: none at {address}", "./bootstrap.sh starts it")
+    with requests.Session() as session:
+        session.trust_env = False  # a proxy from the environment is not asked
+        try:
+            answered = session.get(f"{address}/healthcheck", timeout=chosen.ollama_timeout_s + 2)
+        except requests.Timeout:
+            return Finding(False, f"service: {address} does not answer in time", "its own log says why")
+        except requests.ConnectionError:
+            return Finding(True, f"service: none at {address}", "./bootstrap.sh starts it")
     if answered.status_code != 200:
         return Finding(False, f"service: {address} says {answered.status_code}", "its own log says why")
     return Finding(True, f"service: {address} answers")

@@ -15,7 +15,7 @@ import unicodedata
 
 import emoji
 
-FORM = f"2, emoji {emoji.__version__}"
+FORM = f"3, emoji {emoji.__version__}"
 
 # A whole entity, escaped once or many times over: &lt; &amp;lt; &#115; A bare `&copy` may be part of a link.
 _ENTITY = re.compile(r"&(?:amp;)*(#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});")
@@ -51,12 +51,13 @@ _LOOKALIKES = (
     | _pairs("ıɑɡᴀʙᴄᴅᴇꜰɢʜɪᴊᴋʟᴍɴᴏᴘʀꜱᴛᴜᴠᴡʏᴢ", "iagabcdefghijklmnoprstuvwyz")
 )
 # Those whose letters are in _LOOKALIKES.
-_ALPHABETS = ("CYRILLIC ", "GREEK ", "ARMENIAN ")
+_ALPHABETS = {"CYRILLIC", "GREEK", "ARMENIAN"}
 # Quotation marks, and the accents that are typed for an apostrophe, as U+00B4.
-_QUOTES = str.maketrans(dict.fromkeys("\u2018\u2019\u201b\u02bc\u00b4\u2032", "'") | dict.fromkeys("“”„‟″", '"'))
+_QUOTES = str.maketrans(dict.fromkeys("\u2018\u2019\u201a\u201b\u02bc\u00b4\u2032", "'") | dict.fromkeys("“”„‟″", '"'))
 # An accent that stands alone, as in ¯\_(ツ)_/¯, would become a blank and a mark: NFKC is for all but these.
 _SPACING_ACCENTS = (
-    "\u00a8\u00af\u00b8\u02d8-\u02dd\u0384\u0385\u1fbd-\u1fc1\u1fcd-\u1fcf\u1fdd-\u1fdf\u1fed\u1fee\u1ffd\u1ffe"
+    "\u00a8\u00af\u00b8\u02d8-\u02dd\u037a\u0384\u0385\u1fbd-\u1fc1\u1fcd-\u1fcf\u1fdd-\u1fdf\u1fed\u1fee\u1ffd\u1ffe"
+    "\u2017\u203e\u309b\u309c\ufc5e-\ufc63\ufe70-\ufe7f\uffe3"
 )
 _FOR_NFKC = re.compile(f"[^{_SPACING_ACCENTS}]+")
 # Letters in a black circle or square, which NFKC leaves.
@@ -67,9 +68,9 @@ def normal_form(text: str) -> str:
     """The text as the model reads it; empty where nothing visible is in it. Its own result it does not change.
 
     What one rule uncovers, an entity behind an invisible character say, may be for a rule before it: so all rules are
-    applied until none changes anything. Real texts need two rounds; where eight are not enough, somebody plays.
+    applied until none changes anything. Real texts need two rounds; where four are not enough, somebody plays.
     """
-    for _ in range(8):
+    for _ in range(4):
         before, text = text, _one_round(text)
         if text == before:
             break
@@ -77,7 +78,10 @@ def normal_form(text: str) -> str:
 
 
 def _one_round(text: str) -> str:
-    text = _ENTITY.sub(lambda match: html.unescape(f"&{match[1]};"), text)
+    for _ in range(8):
+        before, text = text, _ENTITY.sub(lambda match: html.unescape(f"&{match[1]};"), text)
+        if text == before:
+            break
     text = _LINE_END.sub("\n", text)
     text = _CONTROL.sub("", text.replace("\t", " "))
     if not text.isascii():
@@ -120,29 +124,32 @@ def _visible(text: str) -> str:
 
 
 def _one_alphabet(text: str) -> str:
-    """Look-alikes as the Latin letters they pass for, in words of both, and in words of nothing else where the text is
-    Latin otherwise. Russian, Greek and Armenian words stay, and so do their short ones that look Latin."""
-    latin = of_lookalikes = 0
-    foreign = False
+    """Look-alikes as the Latin letters they pass for: in words of both, and in words of nothing else where these are
+    few in a Latin text. Words of another alphabet's own letters stay, and so do short words beside them."""
+    latin, lookalike, foreign = 0, 0, set()
     for match in _WORD.finditer(text):
         word = match[0]
-        if any(c not in _LOOKALIKES and unicodedata.name(c, "").startswith(_ALPHABETS) for c in word):
-            foreign = True
-        elif all(c in _LOOKALIKES for c in word):
-            of_lookalikes += len(word)
-        elif any(c.isascii() for c in word):
+        own = {_alphabet(c) for c in word if c not in _LOOKALIKES} & _ALPHABETS
+        foreign |= own
+        if all(c in _LOOKALIKES for c in word):
+            lookalike += len(word)
+        elif not own:
             latin += len(word)
-    is_latin = not foreign and latin >= of_lookalikes
+    few = 3 * lookalike < latin
 
     def mend(match: re.Match) -> str:
         word = match[0]
         if not all(c in _LOOKALIKES or _is_latin(c) for c in word):
             return word
-        if not is_latin and not any(c.isascii() for c in word):
+        if not any(c.isascii() for c in word) and (not few or _alphabet(word[0]) in foreign):
             return word
         return "".join(_LOOKALIKES.get(c, c) for c in word)
 
     return _WORD.sub(mend, text) if latin else text
+
+
+def _alphabet(c: str) -> str:
+    return unicodedata.name(c, "").partition(" ")[0]
 
 
 def _is_latin(c: str) -> bool:

@@ -1,5 +1,6 @@
 """The command `hatespeech`: lines through a pipe, and what its doctor finds."""
 
+import io
 import json
 import os
 import signal
@@ -12,7 +13,8 @@ from pathlib import Path
 import pytest
 from werkzeug.serving import make_server
 
-from hatespeech import doctor
+from hatespeech import UserError, doctor
+from hatespeech.serving import files
 from tests.conftest import ROOT, RUN, command, free_port
 
 COMMAND = str(Path(sys.executable).with_name("hatespeech"))
@@ -81,10 +83,55 @@ def test_a_failing_engine_is_one_line(shell, stand_in):
     assert done.stderr.count(b"\n") == 1
 
 
+def test_who_waits_for_more_lines_is_told_at_once(shell, stand_in):
+    """The engine fails while a pipe stays open, as that of `tail -f`: one line and exit code 1, no abort."""
+    stand_in.status = 500
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([COMMAND, "classify"], env=os.environ | shell.settings, cwd=ROOT, **pipes) as process:
+        process.stdin.write(b"a text\n")
+        process.stdin.flush()
+        assert process.wait(30) == 1
+        assert process.stderr.read().startswith(b"Error: line 1: ")
+
+
+def test_what_can_not_be_read_on_is_said(client):
+    """A disk that fails in mid-file; what was read before is answered."""
+
+    class Broken(io.BytesIO):
+        def __next__(self):
+            if line := self.readline():
+                return line
+            raise OSError(5, "Input/output error")
+
+    service = client.application.extensions["hatespeech"].service
+    answered = files.classify_lines(service, Broken(b"thank you\nsome text\n"))
+    assert [next(answered)["error"], next(answered)["error"]] == ["", ""]
+    with pytest.raises(UserError, match="line 3 can't be read"):
+        next(answered)
+
+
+def test_head_ends_it_without_a_word(shell, tmp_path):
+    (tmp_path / "many.txt").write_text("some text\n" * 50)
+    line = f"{COMMAND} classify {tmp_path}/many.txt | head -1"
+    done = subprocess.run(["bash", "-c", line], env=os.environ | shell.settings, cwd=ROOT, capture_output=True)
+    assert (done.stdout.count(b"\n"), done.stderr) == (1, b"")
+
+
+def test_it_serves_its_own_app_whatever_lies_in_the_folder(shell, tmp_path):
+    (tmp_path / "app.py").write_text("raise SystemExit('another app')")
+    done = subprocess.run(
+        [COMMAND, "keys", "list"], env=os.environ | shell.settings, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        (("classify", "comments.csv"), "hatespeech classify comments.csv classified.csv"),
+        (("classify", "comments.csv"), "as TARGET"),
+        (("classify", "lines.txt", "--encoding", "cp1252"), "--encoding is for a table"),
+        (("classify", "a.csv", "b.csv", "--jsonl"), "--jsonl is for lines"),
+        (("serve", "--host", "0.0.0.0"), "there is no API key yet"),
         (("classify", "none.txt"), "none.txt"),
         (("classify", "tests"), "tests"),
         (("no-such-command",), "no-such-command"),
@@ -151,6 +198,9 @@ def test_the_doctor_finds_all_well(monkeypatch, client, run):
         ({"MODEL_DIR": "tests"}, "WRONG model: "),
         ({"OLLAMA_HOST": "127.0.0.1:1"}, "WRONG engine: "),
         ({"DATABASE_URL": "postgresql://root:secret@127.0.0.1:1/x"}, "WRONG log: postgresql"),
+        ({"DATABASE_URL": "foo"}, "WRONG log: DATABASE_URL is no address"),
+        ({"DATABASE_URL": "postgresql://127.0.0.1:1/x?password=secret"}, "WRONG log: postgresql"),
+        ({"TRUSTED_PROXIES": "1"}, "WRONG keys: others can reach the service, and there is none"),
         ({"PORT": "1"}, "ok service: none at http://127.0.0.1:1 -> ./bootstrap.sh starts it"),
     ],
 )

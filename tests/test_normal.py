@@ -48,7 +48,7 @@ SAME = {
         ("you are vеrmіn, all оf yоu", "you are vermin, all of you"),
         ("ʏou sᴜᴄᴋ", "you suck"),
         ("Yoս suck", "You suck"),
-        ("ΝΟΤ you", "NOT you"),
+        ("you are ΝΟΤ welcome", "you are NOT welcome"),
     ],
     "letters spaced out": [
         ("Y o u  s u c k", "You suck"),
@@ -135,13 +135,29 @@ def test_what_is_plain_stays_as_it_is(text):
     assert normal_form(text) == unicodedata.normalize("NFKC", text)
 
 
-@pytest.mark.parametrize("text", ["Я не смотрю YouTube", "у нас есть TV", "у нас TV", "τα email σου", "но не OK"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Я не смотрю YouTube",
+        "у нас есть TV",
+        "у нас TV",
+        "τα email σου",
+        "но не OK",
+        "Как там Facebook?",
+        "нет, Telegram",
+    ],
+)
 def test_russian_with_a_latin_word_in_it_stays(text):
     assert normal_form(text) == text
 
 
 def test_an_accent_that_stands_alone_is_no_blank():
-    assert normal_form("¯\\_(ツ)_/¯ ok¨") == "¯\\_(ツ)_/¯ ok¨"
+    for text in ("¯\\_(ツ)_/¯ ok¨", "(￣ー￣) ok", "‾"):
+        assert normal_form(text) == text
+
+
+def test_a_foreign_unit_hides_no_lookalikes():
+    assert normal_form("it is 5 μm, you stupid dumb ass, аѕѕ") == "it is 5 μm, you stupid dumb ass, ass"
 
 
 def test_letters_under_dozens_of_marks_come_out_from_below():

@@ -10,6 +10,7 @@ import threading
 import tomllib
 
 import nbformat
+import pandas as pd
 import pytest
 import yaml
 from nbclient import NotebookClient
@@ -35,7 +36,7 @@ RUN_ELSEWHERE = {
     **{
         command: "test_bulk.py, on files, hosts and a cluster of its own"
         for command in COMMANDS
-        if command.startswith(".venv/bin/python -m hatespeech.bulk")
+        if command.startswith(".venv/bin/hatespeech bulk")
     },
     "python -m hatespeech.training.evaluation results/smollm2-135m results/mine": "test_train.py, evaluate-only",
     **{
@@ -191,6 +192,17 @@ def test_every_other_figure_of_how_good_it_is_was_measured():
     assert f"{comments['train']:,} comments: MHS's own" in WORDS
     assert f"calibrated on {comments['validation']:,} validation comments" in WORDS
     assert settings["command"].replace("results/smollm2-135m", "results/again") in COMMANDS
+
+
+def test_what_the_hard_cases_cost_was_measured():
+    tries = pd.read_csv(RUN / "tries.csv")
+    alike = tries[(tries["members"] == 3) & (tries["learning_rate"] == 0.002) & (tries["normal_form"] == "1")]
+    (half,), (whole,) = (
+        alike[alike["also"] == f"hatemojibuild {weight} dynahate {weight}"].to_dict("records")
+        for weight in ("0.5", "1")
+    )
+    assert f"{half['roc_auc_hate']:.3f} against {whole['roc_auc_hate']:.3f}" in WORDS
+    assert f"{whole['functional']:.2f} against {half['functional']:.2f}" in WORDS
 
 
 def thresholds_table() -> str:

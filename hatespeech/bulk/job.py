@@ -1,9 +1,9 @@
 """Millions of texts, on this machine or a cluster: files in, the same rows with answers out, on Ray Data.
 
     pip install '.[bulk]'
-    python -m hatespeech.bulk comments/ scored/ --text-column text
-    python -m hatespeech.bulk s3://bucket/comments s3://bucket/scored --address auto    # a running Ray cluster
-    python -m hatespeech.bulk comments.csv scored/ --ollama gpu-1:11434,gpu-2:11434     # Ollama computes
+    hatespeech bulk comments/ scored/ --text-column text
+    hatespeech bulk s3://bucket/comments s3://bucket/scored --address auto    # a running Ray cluster
+    hatespeech bulk comments.csv scored/ --ollama gpu-1:11434,gpu-2:11434     # Ollama computes
 
 INPUT is a table or a folder of tables (CSV, JSONL, Parquet) on any path that fsspec knows; OUTPUT a folder of the same
 kind of files. Rows are dealt to parts by their text, so equal texts meet in one part and are scored once; a part is a
@@ -395,7 +395,7 @@ def _unfinished(path: str) -> str:
 def main(arguments: list[str] | None = None) -> None:
     about, *rest = __doc__.split("\n\n", 1)
     parser = argparse.ArgumentParser(
-        prog="python -m hatespeech.bulk",
+        prog="hatespeech bulk",
         description=about,
         epilog="\n\n".join(rest),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -406,7 +406,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--delimiter", help="between a CSV's fields, where it is not what the header has most of")
     parser.add_argument("--encoding", help="of a CSV that is not UTF-8, e.g. cp1252")
     parser.add_argument("--prefix", default="", help="before the names of the columns that are added, e.g. model_")
-    parser.add_argument("--model-dir", default="results/smollm2-135m", help="a run, in the same place on each machine")
+    shipped = os.environ.get("MODEL_DIR") or "results/smollm2-135m"
+    parser.add_argument("--model-dir", default=shipped, help="a run, in the same place on each machine")
     parser.add_argument(
         "--ollama", metavar="HOST,HOST", help="let these Ollama hosts compute, which have the run's model"
     )

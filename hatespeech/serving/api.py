@@ -93,7 +93,9 @@ def infer_batch() -> Response:
         if request.mimetype == "application/json"
         else body.removeprefix(b"\xef\xbb\xbf").split(b"\n")
     )
-    if not isinstance(items, list) or not body:
+    if not body:
+        raise refused(body, "the body is empty")
+    if not isinstance(items, list):
         raise refused(body, "the body is neither a JSON list nor NDJSON (Content-Type: application/x-ndjson)")
     if not parts().batches.acquire(blocking=False):
         raise Busy("too many batches are being answered")

@@ -66,7 +66,7 @@ def register(app: Flask, store: Store, settings: Settings, serves: bool = True) 
     n_proxies = settings.trusted_proxies
     if n_proxies:
         app.wsgi_app = ProxyFix(app.wsgi_app, x_for=n_proxies, x_proto=n_proxies, x_host=n_proxies)
-    keys_demanded = bool(n_proxies or settings.require_api_key or not is_loopback(settings.host))
+    keys_demanded = demands_keys(settings)
     if serves and keys_demanded and not store.api_keys():
         opening = {"TRUSTED_PROXIES": n_proxies, "REQUIRE_API_KEY": settings.require_api_key}
         cause = next((name for name, value in opening.items() if value), f"HOST={settings.host}")
@@ -78,7 +78,7 @@ def register(app: Flask, store: Store, settings: Settings, serves: bool = True) 
     CORS(
         app,
         resources=[r"/infer.*", r"/feedback", r"/v1.*"],
-        origins=settings.allowed_origins,
+        origins=[re.compile(re.escape(origin) + r"\Z") for origin in settings.allowed_origins],
         allow_headers=["Authorization", "Content-Type", "X-Request-Id"],
         expose_headers=["X-Answer-Id", "X-Request-Id", "X-Truncated-To", "Retry-After"],
         max_age=600,
@@ -93,7 +93,7 @@ def register(app: Flask, store: Store, settings: Settings, serves: bool = True) 
         scopes = SCOPES_OF.get(request.endpoint, OPEN)
         strange = not keys_demanded and not is_one_of_our_names(settings.trusted_names)
         # Where no key can matter, on a route that is open to all, the database is not asked for one.
-        offered = key_offered() if scopes or strange or request.endpoint == "api.healthcheck" else ""
+        offered = key_offered(welcome) if scopes or strange or request.endpoint == "api.healthcheck" else ""
         entry = store.key_named(offered) if offered else None
         if strange and entry is None:
             raise Forbidden("this service has no such name: TRUSTED_HOSTS lists those it has besides localhost")
@@ -114,6 +114,11 @@ def register(app: Flask, store: Store, settings: Settings, serves: bool = True) 
         g.api_key, g.api_key_id = entry.name, entry.sha256
 
 
+def demands_keys(settings: Settings) -> bool:
+    """Whether others can reach the service, so that nobody is served without a key."""
+    return bool(settings.trusted_proxies or settings.require_api_key or not is_loopback(settings.host))
+
+
 def require_scopes(app: Flask) -> None:
     """Call it when all routes are there. Raises KeyError for one that nobody said who may use."""
     missing = sorted({rule.endpoint for rule in app.url_map.iter_rules()} - SCOPES_OF.keys())
@@ -121,10 +126,14 @@ def require_scopes(app: Flask) -> None:
         raise KeyError(f"auth.SCOPES_OF lacks {', '.join(missing)}")
 
 
-def key_offered() -> str:
-    """The key that came with the request: a bearer token, a browser's password, or `?key=` as Google's clients send."""
+def key_offered(of_another_page: bool = False) -> str:
+    """The key that came with the request: a bearer token, a browser's password, or `?key=` as Google's clients send.
+
+    of_another_page: a browser adds the password that it keeps for this service to whatever a page sends; such a page
+    has to send a key of its own.
+    """
     sent = request.authorization
-    if sent and sent.type == "basic":
+    if sent and sent.type == "basic" and not of_another_page:
         return sent.password or ""
     if sent and sent.type == "bearer":
         return sent.token or ""

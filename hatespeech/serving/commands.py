@@ -2,12 +2,13 @@
 
 import csv
 import json
+import os
 import re
 import sys
 from collections import Counter
 from datetime import timedelta
 from pathlib import Path
-from typing import IO
+from typing import BinaryIO
 
 import click
 from flask.cli import AppGroup, with_appcontext
@@ -85,11 +86,11 @@ def export_feedback(kind: str) -> None:
 @click.argument("source", default="-")
 @click.argument("target", required=False, type=click.Path(path_type=Path))
 @click.option("--jsonl", is_flag=True, help="Of lines: an answer with probabilities for each, instead of its label.")
-@click.option("--text-column", default="text", show_default=True, help="Of a table.")
-@click.option("--delimiter", help="Between a CSV's fields, where it is not what the header has most of.")
+@click.option("--text-column", help="Of a table: which one holds the texts; text, if none is named.")
+@click.option("--delimiter", help="Of a CSV: between its fields, where it is not what the header has most of.")
 @click.option("--encoding", help="Of a CSV that is not UTF-8, e.g. cp1252.")
-@click.option("--prefix", default="", help="Before the names of the columns that are added, e.g. model_.")
-def classify(source: str, target: Path | None, jsonl: bool, prefix: str, **reading: str) -> None:
+@click.option("--prefix", help="Of a table: before the names of the columns that are added, e.g. model_.")
+def classify(source: str, target: Path | None, jsonl: bool, **of_a_table: str | None) -> None:
     """Classify the lines of SOURCE to standard output, or the rows of SOURCE to TARGET.
 
     \b
@@ -100,20 +101,25 @@ def classify(source: str, target: Path | None, jsonl: bool, prefix: str, **readi
     Every text goes through the service and its log. Rows that a killed command has done are not asked again: the same
     command resumes.
     """
+    given = {name: value for name, value in of_a_table.items() if value is not None}
     try:
         if target is not None:
-            return _classify_table(source, target, prefix, reading)
-        if ending := tables.ending_of(source):
-            raise click.UsageError(
-                f"say where the rows of {source} go: hatespeech classify {source} classified{ending}"
-            )
-        with click.open_file(source, "rb") as lines:
-            _classify_lines(lines, jsonl)
+            if jsonl:
+                raise click.UsageError("--jsonl is for lines; the rows of a table are written as they were read")
+            return _classify_table(source, target, **{"text_column": "text"} | given)
+        if given:
+            raise click.UsageError(f"--{next(iter(given)).replace('_', '-')} is for a table, and needs a TARGET")
+        if source != "-" and not source.endswith(".txt"):
+            raise click.UsageError(f"{source} is no .txt file of lines: say where the rows of a table go, as TARGET")
+        lines = open(os.dup(0) if source == "-" else source, "rb")  # noqa: SIM115  closed by who reads it
+        _classify_lines(lines, jsonl)
+    except BrokenPipeError:  # of `| head`: click ends without a word
+        raise
     except (OllamaError, UserError, OSError) as error:
         raise click.ClickException(str(error)) from error
 
 
-def _classify_table(source: str, target: Path, prefix: str, reading: dict) -> None:
+def _classify_table(source: str, target: Path, prefix: str = "", **reading: str) -> None:
     added = [prefix + name for name in answers.COLUMNS]
     table = tables.open_table(source, **reading, added=added)
     click.echo(f"{source}: {table.described()}", err=True)
@@ -124,12 +130,13 @@ def _classify_table(source: str, target: Path, prefix: str, reading: dict) -> No
     click.echo(f"{target}: {done['rows']} rows, {len(done['wrong'])} of them without a label")
 
 
-def _classify_lines(lines: IO[bytes], jsonl: bool) -> None:
+def _classify_lines(lines: BinaryIO, jsonl: bool) -> None:
     """A line out for each line in, as soon as it is answered; an empty one where there is no label."""
     if lines.isatty():
         click.echo("a text on each line; Ctrl-D ends", err=True)
-    answered = files.classify_lines(parts().service, lines)
-    for number, columns in enumerate(tqdm(answered, desc="classifying", unit="line", disable=None), start=1):
+    no_bar = True if sys.stdout.isatty() else None  # None: not in a pipe either
+    answered = tqdm(files.classify_lines(parts().service, lines), desc="classifying", unit="line", disable=no_bar)
+    for number, columns in enumerate(answered, start=1):
         if columns["error"]:
             click.echo(f"line {number}: {columns['error']}", err=True)
         click.echo(json.dumps({"line": number} | columns) if jsonl else columns["label"] or "")

@@ -10,11 +10,11 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from queue import Queue
+from typing import BinaryIO
 
 from hatespeech import UserError, answers, tables
 from hatespeech.serving.service import Service, status_of
@@ -70,28 +70,39 @@ def classify(service: Service, table: Table, target: Path, *, prefix: str = "", 
     return {"rows": n_done, "wrong": wrong}
 
 
-def classify_lines(service: Service, lines: Iterable[bytes]) -> Iterator[dict]:
+def classify_lines(service: Service, lines: BinaryIO) -> Iterator[dict]:
     """The columns of each line's answer, in their order, each as soon as it is there, whether or not more lines come.
 
-    Raises UserError where Ollama or the log fail.
+    lines: a file that is read, and closed, by a thread of its own: reading may wait for ever, and nobody waits for it.
+    Raises UserError where Ollama, the log or reading fail.
     """
-    waiting: Queue[Future | None] = Queue(2 * service.gate.slots)
+    pool = ThreadPoolExecutor(service.gate.slots)
+    waiting: Queue[Future | Exception | None] = Queue(2 * service.gate.slots)
 
-    def read(pool: ThreadPoolExecutor) -> None:
-        with suppress(RuntimeError):  # the pool is closed: an earlier line failed
-            for line in lines:
-                waiting.put(pool.submit(_answer_line, service, line))
-        waiting.put(None)
+    def read() -> None:
+        end = None
+        try:
+            with lines:
+                for line in lines:
+                    waiting.put(pool.submit(_answer_line, service, line))
+        except Exception as error:  # noqa: BLE001  raised again below; where an earlier line failed, nobody reads it
+            end = error
+        waiting.put(end)
 
-    with ThreadPoolExecutor(service.gate.slots) as pool:
-        threading.Thread(target=read, args=(pool,), daemon=True).start()
-        number = 0
-        while future := waiting.get():
+    threading.Thread(target=read, daemon=True).start()
+    number = 0
+    try:
+        while (item := waiting.get()) is not None:
             number += 1
+            if isinstance(item, Exception):
+                raise UserError(f"line {number} can't be read: {item}") from item
             try:
-                yield future.result()
+                columns = item.result()
             except Exception as error:
                 raise UserError(f"line {number}: {status_of(error)[1]}") from error
+            yield columns
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _answer_line(service: Service, line: bytes) -> dict:

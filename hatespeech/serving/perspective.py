@@ -71,8 +71,10 @@ def suggest_score() -> Response:
     except Refused as error:
         return refused(body, error)
     answer = classified(text.encode(), keep_text=value.get("doNotStore", False) is False)
-    # Perspective's scores know no supportive speech: what is not hateful may be Neutral or Supportive.
-    label = "Hate" if max(suggested.values()) >= 0.5 else task.NOT_HATE
+    # Perspective's scores know no supportive speech: what is not hateful may be Neutral or Supportive. A TOXICITY of
+    # 0.5 is that of a neutral text here; from 0.75 on, a text is rather Hate.
+    hateful = suggested.get("IDENTITY_ATTACK", 0) >= 0.5 or suggested.get("TOXICITY", 0) >= 0.75
+    label = "Hate" if hateful else task.NOT_HATE
     note = "suggestscore " + ", ".join(f"{name} {value:g}" for name, value in suggested.items())
     parts().store.add_feedback(answer.request_id, label, None, note, g.api_key)
     return as_json({"detectedLanguages": ["en"]} | ({"clientToken": token} if token else {}))

@@ -1,8 +1,8 @@
 """The service's settings: read once from the environment, each checked by its type, refused by name."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -26,9 +26,10 @@ def _hosts(value: str) -> str:
 def _origins(value: str) -> str:
     """Origins of web pages, separated by commas: scheme, name and port, as a browser sends them."""
     for origin in _listed(value):
-        parts = urlsplit(origin)
-        if parts.scheme not in ("http", "https") or not parts.netloc or origin != f"{parts.scheme}://{parts.netloc}":
-            raise ValueError("an origin is as in https://www.example.org, with no path behind it")
+        if not re.fullmatch(r"https?://([a-z0-9.-]+|\[[0-9a-f:.]+\])(:\d+)?", origin):
+            raise ValueError("an origin is as in https://www.example.org, with no path and no *")
+        if re.match(r"http:.*:80$|https:.*:443$", origin):
+            raise ValueError("a browser leaves out the port that goes without saying: leave it out too")
     return value
 
 

@@ -197,7 +197,7 @@ class Store:
             # The driver's first line tells what; its others, and SQLAlchemy's own words, may tell the password.
             reason = str(getattr(error, "orig", None) or type(error).__name__).splitlines()[0]
             raise UserError(
-                f"DATABASE_URL: {location.render_as_string(hide_password=True)} can't be opened: {reason}"
+                f"DATABASE_URL: {location.set(query={}).render_as_string()} can't be opened: {reason}"
             ) from error
         self._mark_interrupted()
 

@@ -103,9 +103,9 @@ sha256.
 
 
 def _when_to_act(thresholds: list[dict]) -> str:
-    return f"""**When to act.** Of the test comments with at least this P(Hate), the share that is Hate (precision), and the
-share of all Hate that these are (recall). The service flags above the threshold at which precision reached 0.8 on the
-validation comments (`FLAG_ABOVE` sets another).
+    return f"""**When to act.** Of the test comments with at least this P(Hate), the share that is Hate (precision), and
+the share of all Hate that these are (recall). The service flags above the threshold at which precision reached 0.8 on
+the validation comments (`FLAG_ABOVE` sets another).
 
 {thresholds_table(thresholds)}
 

@@ -118,19 +118,28 @@ def sentence(result: dict) -> str:
     return f"{'passed' if result['passed'] else 'FAILED'}  {result['metric']}: {reached} ({bound} asked)"
 
 
+def of_run(folder: Path) -> tuple[str, list[dict]]:
+    """The engine a run was measured by last, and what it reached at its gates. UserError where nothing is stored."""
+    path = folder / "metrics.json"
+    try:
+        gates = json.loads(path.read_text()).get("gates", {})
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} can't be read: this run was not measured") from error
+    engine = next((name for name in ("as_served", "torch") if name in gates), None)
+    if engine is None:
+        raise UserError(f"{path} has no gates: python -m train --evaluate-only --output {folder}")
+    return engine, gates[engine]
+
+
 def main() -> None:
     if len(sys.argv) != 2:
         sys.exit("usage: python -m hatespeech.training.checks results/RUN")
-    path = Path(sys.argv[1]) / "metrics.json"
     try:
-        gates = json.loads(path.read_text()).get("gates", {})
-    except (OSError, ValueError):
-        sys.exit(f"checks: {path} can't be read: this run was not measured")
-    engine = next((name for name in ("as_served", "torch") if name in gates), None)
-    if engine is None:
-        sys.exit(f"checks: {path} has no gates: python -m train --evaluate-only --output {path.parent}")
+        engine, results = of_run(Path(sys.argv[1]))
+    except UserError as error:
+        sys.exit(f"checks: {error}")
     print(f"gates, {'as served' if engine == 'as_served' else 'as trained'}:")
-    print("\n".join(f"  {sentence(result)}" for result in gates[engine]))
+    print("\n".join(f"  {sentence(result)}" for result in results))
 
 
 if __name__ == "__main__":

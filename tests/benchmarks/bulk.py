@@ -3,7 +3,7 @@
     python -m tests.benchmarks.bulk            # on a CUDA GPU or a CPU, 5 minutes; writes results/benchmarks/bulk.json
     python -m tests.benchmarks.bulk --quick    # a CPU, a tiny model, prints only
 
-On a CPU, the shipped model: the service with four clients, scoring.py and `python -m hatespeech.bulk` with one worker
+On a CPU, the shipped model: the service with four clients, scoring.py and `hatespeech bulk` with one worker
 and with two. On a GPU, scoring.py, transformers batch after batch and, where it is installed, vLLM: random weights of
 the named shapes, in float16, TFLOP/s are those of the texts' own tokens, and a figure is the median of three. Texts are
 those of train.parquet, no two alike; encoding and copying them is in the time, starting and compiling is not.

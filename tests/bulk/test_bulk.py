@@ -251,7 +251,7 @@ def test_many_texts_get_the_services_answers(run, server, n_texts):
 
 def command(source, output, run, address: str) -> list[str]:
     options = ["--model-dir", str(run), "--address", address, "--workers", "2", "--rows-per-part", "8"]
-    return [sys.executable, "-m", "hatespeech.bulk", str(source), str(output), *options]
+    return [sys.executable, "-m", "hatespeech.cli", "bulk", str(source), str(output), *options]
 
 
 def wait_for(parts: int, output, process) -> None:

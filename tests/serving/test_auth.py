@@ -191,6 +191,17 @@ def test_pages_of_an_allowed_origin_may_call_the_api_and_nothing_else(tmp_path):
                 assert status == 403 or not DOCUMENTED[method, rule], rule
 
 
+def test_an_allowed_page_does_not_borrow_the_key_that_the_browser_keeps(tmp_path):
+    site = Site(tmp_path, REQUIRE_API_KEY="1", CORS_ORIGINS="http://[::1]:3000")
+    headers = {"Origin": "http://[::1]:3000", "Sec-Fetch-Site": "cross-site"}
+    kept = {"auth": ("anyone", site.keys["review"])}
+    assert site.client.post("/feedback", json={}, headers=headers, **kept).status_code == 401
+    assert site.client.post("/feedback", json={}, **kept).status_code == 400
+    own = headers | {"Authorization": f"Bearer {site.keys['review']}"}
+    sent = site.client.post("/feedback", json={}, headers=own)
+    assert (sent.status_code, sent.headers["Access-Control-Allow-Origin"]) == (400, "http://[::1]:3000")
+
+
 @pytest.mark.parametrize(
     "origin", ["https://evil.example", "https://www.example.org.evil.example", "http://www.example.org", "null", ""]
 )

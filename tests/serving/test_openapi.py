@@ -95,6 +95,12 @@ def test_every_route_is_described(client):
     assert set(described) == routes - {"/$discovery/rest", "/openapi.json"}
 
 
+def test_what_is_visible_is_found_in_linear_time():
+    """A pattern that tries every place for the visible character would take minutes for this."""
+    assert "no NUL" in openapi.schema_error("Text", {"text": "a" * 500_000 + "\0"})
+    assert "visible" in openapi.schema_error("Text", {"text": " " * 500_000})
+
+
 def test_flaws_quote_nothing():
     assert openapi.schema_error("Text", {"text": "a"}) is None
     for value in ({"text": ["secret"]}, {"secret": 1}, "secret", {"id": "x", "label": "secret"}):

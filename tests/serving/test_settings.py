@@ -105,6 +105,18 @@ def test_any_string_in_any_setting_is_read_or_refused_by_name(name, value):
     assert name.upper() in said or "LOG_TEXT" in said
 
 
+@pytest.mark.parametrize(
+    "origin",
+    [
+        *("www.example.org", "https://*.example.org", "https://*", "https://a(b", "https://example.org/", "ftp://a"),
+        *("https://example.org:443", "http://example.org:80", "null", "https://a b"),
+    ],
+)
+def test_an_origin_that_no_browser_sends_is_refused(origin):
+    with pytest.raises(UserError, match="CORS_ORIGINS"):
+        settings.read({"CORS_ORIGINS": f"https://www.example.org,{origin}"})
+
+
 def test_bootstraps_help_names_each_setting():
     shown = subprocess.run([ROOT / "bootstrap.sh", "--help"], capture_output=True, text=True, check=True).stdout
     for name in settings.Settings.model_fields:
@@ -122,9 +134,9 @@ COMMANDS = {
     ("-m", "hatespeech.cli", "replay", "--model-dir", "tests"): {},
     ("-m", "gunicorn", "-c", "python:hatespeech.serving.gunicorn_conf", "app:create_app()"): {"MAX_QUEUE": "x"},
     ("-m", "gunicorn", "-c", "python:hatespeech.serving.gunicorn_conf", "-w", "4", "app:create_app()"): {},
-    ("-m", "hatespeech.bulk", "none.csv", "out"): {},
-    ("-m", "hatespeech.bulk", "README.md", "out"): {},
-    ("-m", "hatespeech.bulk", "tests/data/functional.csv", "out", "--text-column", "no such"): {},
+    ("-m", "hatespeech.cli", "bulk", "none.csv", "out"): {},
+    ("-m", "hatespeech.cli", "bulk", "README.md", "out"): {},
+    ("-m", "hatespeech.cli", "bulk", "tests/data/functional.csv", "out", "--text-column", "no such"): {},
     ("-m", "hatespeech.training.data", "none.csv", "--hashes", "none", "--output", "out.csv"): {},
     ("-m", "hatespeech.training.evaluation", "none", "results/smollm2-135m"): {},
     ("-m", "hatespeech.training.export", "tests"): {},

@@ -1,6 +1,0 @@
-"""python -m hatespeech.bulk"""
-
-from hatespeech.bulk.job import main
-
-if __name__ == "__main__":
-    main()
