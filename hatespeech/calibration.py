@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hatespeech import task
+from hatespeech import UserError, task
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,13 @@ class Calibration:
 
     @classmethod
     def load(cls, path: Path) -> "Calibration":
-        stored = json.loads(path.read_text())
-        tuples = {name: tuple(stored[name]) for name in ("biases", "class_scores", "thresholds") if name in stored}
-        return cls(**stored | tuples)
+        """Raises UserError where the file is damaged."""
+        try:
+            stored = json.loads(path.read_text())
+            tuples = {name: tuple(stored[name]) for name in ("biases", "class_scores", "thresholds") if name in stored}
+            return cls(**stored | tuples)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} is no calibration of this version: {error}") from error
 
     @classmethod
     def of_run(cls, run: Path) -> "Calibration | None":

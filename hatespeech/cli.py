@@ -46,11 +46,13 @@ for command in (commands.classify, commands.feedback, commands.replay, commands.
 @click.option("--port", default=5000, envvar="PORT", show_default=True, type=click.IntRange(1, 65535))
 def serve(host: str, port: int) -> None:
     """Serve, where ./bootstrap.sh has set all up and an Ollama answers."""
-    os.environ["HOST"] = host
+    os.environ["HOST"] = host = host or "127.0.0.1"
     served()  # what is wrong with a setting is said in one line, before gunicorn starts
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     config = ["--config", "python:hatespeech.serving.gunicorn_conf", "--bind", address]
-    os.execv(sys.executable, [sys.executable, "-m", "gunicorn", *config, "hatespeech.cli:served()"])
+    # With -P and this package imported first, nothing in the folder of the caller takes the place of a module.
+    start = "import sys, hatespeech.cli; sys.argv[0] = 'gunicorn'; from gunicorn.app.wsgiapp import run; run()"
+    os.execv(sys.executable, [sys.executable, "-P", "-c", start, *config, "hatespeech.cli:served()"])
 
 
 @main.command(context_settings={"ignore_unknown_options": True, "help_option_names": []}, add_help_option=False)

@@ -55,7 +55,7 @@ def _of_the_run(chosen: Settings) -> Iterator[Finding]:
     except UserError as error:
         yield Finding(False, f"model: {error.message}", "set MODEL_DIR to a folder that python -m train made")
         return
-    yield Finding(True, f"model: {runs.model_name(folder)}, from {run['settings']['model']}")
+    yield Finding(True, f"model: {runs.model_name(folder)}")
     if not (folder / "model.gguf").exists():
         yield Finding(
             True, f"{folder} has no model.gguf: Ollama must have the model already", "./bootstrap.sh makes it"
@@ -97,8 +97,9 @@ def _of_the_log(chosen: Settings) -> Iterator[Finding]:
     remedy = "is the database there, and DATABASE_URL right?"
     try:
         url = make_url(chosen.database_url)
-        shown = url.set(query={}).render_as_string()  # the query may hold a password
-    except ArgumentError:
+        # The query may hold a password, and so may a host with an @ in it, of one that was not escaped.
+        shown = url.drivername if "@" in (url.host or "") else url.set(query={}).render_as_string()
+    except (ArgumentError, ValueError):
         yield Finding(False, "log: DATABASE_URL is no address of a database", remedy)
         return
     keys = []
@@ -110,7 +111,7 @@ def _of_the_log(chosen: Settings) -> Iterator[Finding]:
             store.check()
             keys = store.api_keys()
         except Exception as error:  # noqa: BLE001  whatever a driver raises; its words may hold a password
-            what = error.message if isinstance(error, UserError) else type(error).__name__
+            what = "can't be opened" if isinstance(error, UserError) else type(error).__name__
             yield Finding(False, f"log: {shown}: {what}", remedy)
             return
         yield Finding(True, f"log: {shown}; {len(keys)} API key{'s' * (len(keys) != 1)}")
@@ -119,15 +120,24 @@ def _of_the_log(chosen: Settings) -> Iterator[Finding]:
 
 
 def _of_the_service(chosen: Settings) -> Finding:
-    address = f"http://{chosen.host if chosen.host != '0.0.0.0' else '127.0.0.1'}:{os.environ.get('PORT', '5000')}"
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(chosen.host, chosen.host)
+    address = f"http://{f'[{host}]' if ':' in host else host}:{os.environ.get('PORT') or 5000}"
     with requests.Session() as session:
         session.trust_env = False  # a proxy from the environment is not asked
         try:
-            answered = session.get(f"{address}/healthcheck", timeout=chosen.ollama_timeout_s + 2)
+            answered = session.get(f"{address}/healthcheck", timeout=chosen.ollama_timeout_s + 2, allow_redirects=False)
         except requests.Timeout:
             return Finding(False, f"service: {address} does not answer in time", "its own log says why")
+        except (requests.exceptions.InvalidURL, ValueError):
+            return Finding(
+                False, f"service: {address} is no address", "set HOST and PORT as ./bootstrap.sh --help says"
+            )
         except requests.ConnectionError:
             return Finding(True, f"service: none at {address}", "./bootstrap.sh starts it")
+        except requests.RequestException as error:
+            return Finding(False, f"service: what is at {address} is none ({type(error).__name__})", "set another PORT")
     if answered.status_code != 200:
         return Finding(False, f"service: {address} says {answered.status_code}", "its own log says why")
+    if answered.text != "OK":
+        return Finding(False, f"service: what answers at {address} is another", "set another PORT")
     return Finding(True, f"service: {address} answers")

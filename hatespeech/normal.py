@@ -30,11 +30,13 @@ _REPEATED = re.compile("(\x02[^\x03]*\x03)(?:\\s*\\1)+")
 _BLANK = dict.fromkeys(map(ord, "\u115f\u1160\u3164\uffa0\u2800"))
 _CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f]")
 _WORD = re.compile(r"[^\W\d_]+")
+# What joins emoji to one; none has more than a handful. The emoji library takes the square of their number.
+_JOINED = re.compile("((?:[^\u200d]\u200d){9})(?:[^\u200d]\u200d)+")
 _MOST_MARKS = 3  # of accents and vowel signs on one letter; no language needs more, Zalgo has dozens
 
 # Four letters or more, one at a time, with the same one sign between them. Between words stand two blanks.
 _SPACED_OUT = re.compile(r"(?<![^\W_])(?:[^\W\d_] {1,4}){3,}[^\W\d_](?!\w)")
-_SIGNS_BETWEEN = re.compile(r"(?<![\w.*~|/-])[^\W\d_]([._*~|/-])(?:[^\W\d_]\1){2,}[^\W\d_](?![\w.*~|/-]*\w)")
+_SIGNS_BETWEEN = re.compile(r"(?<![\w.*~|/-])[^\W\d_]([._*~|/-])[^\W\d_](?:\1[^\W\d_]){2,}+(?![\w.*~|/-]*\w)")
 
 
 def _pairs(lookalikes: str, latin: str) -> dict[str, str]:
@@ -85,7 +87,7 @@ def _one_round(text: str) -> str:
     text = _LINE_END.sub("\n", text)
     text = _CONTROL.sub("", text.replace("\t", " "))
     if not text.isascii():
-        text = _REVERSED.sub(lambda match: match[1][::-1], text)
+        text = _REVERSED.sub(lambda match: match[1][::-1], _JOINED.sub(r"\1", _without_piles(text)))
         text = _KEYCAP.sub(r"\1", text).translate(_BLANK).translate(_ENCLOSED).translate(_QUOTES)
         text = _FOR_NFKC.sub(lambda match: unicodedata.normalize("NFKC", match[0]), text)
         text = _one_alphabet(_visible(_named(text)))
@@ -103,6 +105,16 @@ def _named(text: str) -> str:
 
     text = _REPEATED.sub(r"\1", emoji.replace_emoji(text, name))
     return text.replace("\x02", " ").replace("\x03", " ")
+
+
+def _without_piles(text: str) -> str:
+    """With at most 30 marks on a letter, since NFKC, which puts them in order, takes the square of their number."""
+    kept, marks = [], 0
+    for c in text:
+        marks = marks + 1 if unicodedata.combining(c) else 0
+        if marks <= 30:
+            kept.append(c)
+    return "".join(kept)
 
 
 def _visible(text: str) -> str:
@@ -131,9 +143,9 @@ def _one_alphabet(text: str) -> str:
         word = match[0]
         own = {_alphabet(c) for c in word if c not in _LOOKALIKES} & _ALPHABETS
         foreign |= own
-        if all(c in _LOOKALIKES for c in word):
+        if all(c in _LOOKALIKES for c in word) and _alphabet(word[0]) in _ALPHABETS:
             lookalike += len(word)
-        elif not own:
+        elif not own and (word.isascii() or len(word) > 1):
             latin += len(word)
     few = 3 * lookalike < latin
 
@@ -141,7 +153,12 @@ def _one_alphabet(text: str) -> str:
         word = match[0]
         if not all(c in _LOOKALIKES or _is_latin(c) for c in word):
             return word
-        if not any(c.isascii() for c in word) and (not few or _alphabet(word[0]) in foreign):
+        if any(c.isascii() for c in word):
+            return "".join(_LOOKALIKES.get(c, c) for c in word)
+        # No language is written in Latin's small capitals; one alone may be a sign of phonetics.
+        alphabet = _alphabet(word[0])
+        stays = len(word) == 1 if alphabet == "LATIN" else not few or alphabet in foreign
+        if stays:
             return word
         return "".join(_LOOKALIKES.get(c, c) for c in word)
 

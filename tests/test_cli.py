@@ -119,6 +119,7 @@ def test_head_ends_it_without_a_word(shell, tmp_path):
 
 def test_it_serves_its_own_app_whatever_lies_in_the_folder(shell, tmp_path):
     (tmp_path / "app.py").write_text("raise SystemExit('another app')")
+    (tmp_path / "hatespeech").mkdir()
     done = subprocess.run(
         [COMMAND, "keys", "list"], env=os.environ | shell.settings, cwd=tmp_path, capture_output=True, text=True
     )
@@ -201,6 +202,10 @@ def test_the_doctor_finds_all_well(monkeypatch, client, run):
         ({"DATABASE_URL": "foo"}, "WRONG log: DATABASE_URL is no address"),
         ({"DATABASE_URL": "postgresql://127.0.0.1:1/x?password=secret"}, "WRONG log: postgresql"),
         ({"TRUSTED_PROXIES": "1"}, "WRONG keys: others can reach the service, and there is none"),
+        ({"DATABASE_URL": "postgresql://u:p@secret@127.0.0.1:1/x"}, "WRONG log: postgresql: "),
+        ({"DATABASE_URL": "postgresql://u:12@34:secret"}, "WRONG log: "),
+        ({"PORT": "99999"}, "WRONG service: "),
+        ({"HOST": "::1", "REQUIRE_API_KEY": "1"}, "ok service: none at http://[::1]:1"),
         ({"PORT": "1"}, "ok service: none at http://127.0.0.1:1 -> ./bootstrap.sh starts it"),
     ],
 )

@@ -1,5 +1,7 @@
 """What looks the same to a person is one text to the model, in training as in serving; nothing else is touched."""
 
+import subprocess
+import sys
 import unicodedata
 
 import pytest
@@ -47,6 +49,9 @@ SAME = {
         ("yοu are νermin", "you are vermin"),
         ("you are vеrmіn, all оf yоu", "you are vermin, all of you"),
         ("ʏou sᴜᴄᴋ", "you suck"),
+        ("you are ᴠᴇʀᴍɪɴ", "you are vermin"),
+        ("I hate ᴀʟʟ ᴏꜰ ᴛʜᴇᴍ", "I hate all of them"),
+        ("ꜰᴜᴄᴋ", "fuck"),
         ("Yoս suck", "You suck"),
         ("you are ΝΟΤ welcome", "you are NOT welcome"),
     ],
@@ -241,3 +246,12 @@ def test_control_tokens_are_spelled_out_after_they_are_uncovered():
         assert "<|" not in read
         assert "[/" not in read
         assert "<s>" not in read
+
+
+@pytest.mark.parametrize(
+    "text", ["a." * 60_000 + "aa", "\U0001f469\u200d" * 10_000, "a" + "\u0301\u0323" * 20_000, "a " * 60_000 + "aa"]
+)
+def test_its_time_is_linear(text):
+    """In a process that is killed after 20 s: each took minutes, or the square of its length, in an older form."""
+    code = "import sys; from hatespeech.normal import normal_form; normal_form(sys.stdin.read())"
+    subprocess.run([sys.executable, "-c", code], input=text, text=True, encoding="utf-8", timeout=20, check=True)

@@ -1,6 +1,7 @@
 """Commands of cli.py about the service and its log: keys, feedback for training, texts classified, replay, purge."""
 
 import csv
+import io
 import json
 import os
 import re
@@ -16,7 +17,7 @@ from tqdm import tqdm
 
 from hatespeech import UserError, answers, runs, tables, task
 from hatespeech.calibration import Calibration
-from hatespeech.ollama import Ollama, OllamaError
+from hatespeech.ollama import Ollama, OllamaError, TextTooLong
 from hatespeech.runs import model_name
 from hatespeech.serving import files, queries
 from hatespeech.serving.auth import SCOPES
@@ -72,6 +73,8 @@ def export_feedback(kind: str) -> None:
     people's corrections, not gold.
     """
     columns = ["comment_id", "text", "hate_speech_score", "label", "note"]
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8")  # as train reads it, whatever the terminal's is
     writer = csv.DictWriter(sys.stdout, columns)
     if kind == "csv":
         writer.writeheader()
@@ -83,7 +86,7 @@ def export_feedback(kind: str) -> None:
 
 @click.command("classify")
 @with_appcontext
-@click.argument("source", default="-")
+@click.argument("source", default="-", type=click.Path(allow_dash=True))
 @click.argument("target", required=False, type=click.Path(path_type=Path))
 @click.option("--jsonl", is_flag=True, help="Of lines: an answer with probabilities for each, instead of its label.")
 @click.option("--text-column", help="Of a table: which one holds the texts; text, if none is named.")
@@ -96,7 +99,7 @@ def classify(source: str, target: Path | None, jsonl: bool, **of_a_table: str | 
     \b
     echo 'some text' | hatespeech classify             lines: of standard input (-) or a .txt file
     hatespeech classify comments.csv classified.csv    rows of a table (CSV, JSONL or Parquet, also compressed)
-    hatespeech classify comments/ classified/          or of a folder of tables; TARGET is of the same kind
+    hatespeech classify comments/ classified.csv       or of a folder of tables; TARGET is of the same kind
 
     Every text goes through the service and its log. Rows that a killed command has done are not asked again: the same
     command resumes.
@@ -147,7 +150,7 @@ def _classify_lines(lines: BinaryIO, jsonl: bool) -> None:
 @click.option("--model-dir", type=click.Path(exists=True, file_okay=False, path_type=Path), required=True)
 def replay(model_dir: Path) -> None:
     """Ask another run, which Ollama must serve, about the logged texts, and report what would change."""
-    changes, n_texts = Counter(), 0
+    changes, n_texts, n_long = Counter(), 0, 0
     try:
         tokens = tuple(runs.read_settings(model_dir)["label_tokens"])
         other = Ollama(parts().settings.hosts[0], model_name(model_dir), tokens, parts().settings.ollama_timeout_s)
@@ -155,7 +158,11 @@ def replay(model_dir: Path) -> None:
         if why_not:
             click.echo(f"uncalibrated: {why_not}", err=True)
         for asked in tqdm(parts().store.answered(), desc="replaying", unit="text"):
-            probabilities = other.classify(asked.text).probabilities
+            try:
+                probabilities = other.classify(asked.text).probabilities
+            except TextTooLong:  # answered for its beginning, which `truncate` had asked for
+                n_long += 1
+                continue
             probabilities = calibration.apply(probabilities) if calibration else probabilities
             changes[asked.label, task.decide(probabilities)] += 1
             n_texts += 1
@@ -163,6 +170,8 @@ def replay(model_dir: Path) -> None:
         raise click.ClickException(str(error)) from error
     changed = sum(count for (was, is_), count in changes.items() if was != is_)
     click.echo(f"{changed} of {n_texts} answers would change")
+    if n_long:
+        click.echo(f"{n_long} texts were not asked about: they are too long, and had been cut")
     for (was, is_), count in sorted(changes.items()):
         click.echo(f"{was} -> {is_}\t{count}")
 

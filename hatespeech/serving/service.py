@@ -1,5 +1,6 @@
 """A text's way through the service: row received -> a place at Ollama -> calibration -> row finished -> answer."""
 
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -172,6 +173,9 @@ class Service:
                 # By the share that is too much and a little more: how characters become tokens differs within a text.
                 fits = (task.CONTEXT_TOKENS - 64) / error.n_tokens if error.n_tokens else 0.8
                 length = max(1, int(length * min(0.95, fits)))
+                length -= len(re.search("(&[#a-zA-Z0-9]*)?$", text[:length])[0])  # the beginning of an entity is none
+                if task.text_error(text[:length]):  # blanks alone are left: what there is to read comes after them
+                    raise
 
     def standing(self, answer: Answer) -> Standing:
         """Where an answer of this service stands among the thresholds."""

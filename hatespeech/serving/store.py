@@ -196,9 +196,11 @@ class Store:
         except (SQLAlchemyError, ValueError, TypeError) as error:
             # The driver's first line tells what; its others, and SQLAlchemy's own words, may tell the password.
             reason = str(getattr(error, "orig", None) or type(error).__name__).splitlines()[0]
-            raise UserError(
-                f"DATABASE_URL: {location.set(query={}).render_as_string()} can't be opened: {reason}"
-            ) from error
+            # An @ that was not escaped puts the end of a password into the host.
+            secret = "@" in (location.host or "")
+            shown = location.drivername if secret else location.set(query={}).render_as_string()
+            reason = "its host holds an @" if secret else reason
+            raise UserError(f"DATABASE_URL: {shown} can't be opened: {reason}") from error
         self._mark_interrupted()
 
     def _connect(self, location) -> None:

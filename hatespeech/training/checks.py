@@ -123,7 +123,7 @@ def of_run(folder: Path) -> tuple[str, list[dict]]:
     path = folder / "metrics.json"
     try:
         gates = json.loads(path.read_text()).get("gates", {})
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{path} can't be read: this run was not measured") from error
     engine = next((name for name in ("as_served", "torch") if name in gates), None)
     if engine is None:

@@ -263,7 +263,7 @@ def wait_for(parts: int, output, process) -> None:
     raise AssertionError(f"no {parts} parts came")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_kill_9_of_the_driver_then_of_a_node_loses_no_row_and_doubles_none(run, tmp_path):
     """A cluster of two nodes on this machine."""
     cluster_utils = pytest.importorskip("ray.cluster_utils")

@@ -517,6 +517,13 @@ def test_a_batch_too_many_is_sent_away_and_a_finished_one_makes_room(client):
     assert client.get("/healthcheck").status_code == 200
 
 
+@pytest.mark.parametrize("blanks", [" " * 60_000, "\n" * 60_000, "&nbsp;" * 10_000, "\u200b" * 60_000])
+def test_a_text_is_not_cut_to_the_blanks_before_it(client, blanks):
+    """They would be answered, and what comes after them would not."""
+    answer = client.post("/infer?truncate=true", json={"text": blanks + "idiot " * 3000})
+    assert answer.status_code == 413 or "idiot" in (blanks + "idiot " * 3000)[: answer.get_json()["cut_to"]]
+
+
 @pytest.mark.parametrize(
     "text",
     [
