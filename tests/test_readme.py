@@ -110,7 +110,7 @@ def test_the_commands_run(served, tmp_path, run, ollama_host):
     (tmp_path / "comments.txt").write_text("such a comment\n")
     ran = 0
     for command in COMMANDS:
-        if command.startswith(".venv/bin/hatespeech"):
+        if command.startswith(".venv/bin/hatespeech") and command not in RUN_ELSEWHERE:
             command = command.replace(".venv/bin/hatespeech", f"{sys.executable} -m hatespeech.cli").replace(
                 "> ", f"> {tmp_path}/"
             )
