@@ -17,7 +17,7 @@ from hatespeech.calibration import Calibration
 from hatespeech.ollama import Ollama, OllamaError
 from hatespeech.serving import auth, settings
 from hatespeech.serving.settings import Settings
-from hatespeech.serving.store import Store
+from hatespeech.serving.store import Store, without_secrets
 from hatespeech.training import checks
 
 
@@ -97,8 +97,7 @@ def _of_the_log(chosen: Settings) -> Iterator[Finding]:
     remedy = "is the database there, and DATABASE_URL right?"
     try:
         url = make_url(chosen.database_url)
-        # The query may hold a password, and so may a host with an @ in it, of one that was not escaped.
-        shown = url.drivername if "@" in (url.host or "") else url.set(query={}).render_as_string()
+        shown = without_secrets(url)
     except (ArgumentError, ValueError):
         yield Finding(False, "log: DATABASE_URL is no address of a database", remedy)
         return

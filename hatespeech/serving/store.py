@@ -32,7 +32,7 @@ from sqlalchemy import (
     text,
     update,
 )
-from sqlalchemy.engine import Engine, make_url
+from sqlalchemy.engine import URL, Engine, make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
@@ -143,6 +143,12 @@ def tallies_of(
     return sorted((hour, model_digest or "", measure, name) for measure, name in bins)
 
 
+def without_secrets(url: URL) -> str:
+    """A database's address as it may be shown. The query may hold a password, and so may a host with an @ in it, of a
+    password in which that was not escaped."""
+    return url.drivername if "@" in (url.host or "") else url.set(query={}).render_as_string()
+
+
 def hour_of(time: datetime) -> datetime:
     """The beginning of its hour."""
     return time.replace(minute=0, second=0, microsecond=0)
@@ -196,11 +202,8 @@ class Store:
         except (SQLAlchemyError, ValueError, TypeError) as error:
             # The driver's first line tells what; its others, and SQLAlchemy's own words, may tell the password.
             reason = str(getattr(error, "orig", None) or type(error).__name__).splitlines()[0]
-            # An @ that was not escaped puts the end of a password into the host.
-            secret = "@" in (location.host or "")
-            shown = location.drivername if secret else location.set(query={}).render_as_string()
-            reason = "its host holds an @" if secret else reason
-            raise UserError(f"DATABASE_URL: {shown} can't be opened: {reason}") from error
+            reason = "its host holds an @" if "@" in (location.host or "") else reason
+            raise UserError(f"DATABASE_URL: {without_secrets(location)} can't be opened: {reason}") from error
         self._mark_interrupted()
 
     def _connect(self, location) -> None:
